@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from einlinear.compression.allocation import allocate, least_cost
 from einlinear.compression.candidates import LayerCandidate, members, reason_for_none
 from einlinear.compression.expert_stacks import matrices
@@ -102,6 +104,8 @@ class Budget:
 
     def _is_slower(self, name: str, spec: str) -> bool:
         layer = self._layers[name]
+        if isinstance(layer, nn.Embedding):
+            return False
         return self._only_if_faster and self._timer(layer, structured_like(layer, spec)).is_slower
 
     def alternatives(

@@ -6,19 +6,22 @@ C = E[x x^T] and P = E[y x^T], a weight V in the place of W has the error
     E|y - V x|^2 = E|y|^2 - 2 tr(P V^T) + tr(V C V^T),
 
 smallest at V = P C^{-1}, which a structured V approximates. If a bias absorbs the means, covariances replace moments.
+
+A table of embeddings is a layer with one output for each token, which counts as often as the token occurs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from einlinear.compression.activations import tokens_of
+from einlinear.compression.embedding_tables import token_frequencies
 from einlinear.compression.expert_stacks import DenseStack
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.selection import Selection, Stage
@@ -37,7 +40,7 @@ class Calibration:
 
     def __init__(self, passes: Passes | None, selection: Selection, progress: Callable[[int, int], None]) -> None:
         self._passes, self._progress = passes, progress
-        self.layers, self.stages = selection.layers, selection.stages
+        self.layers, self.stages, self.heads = selection.layers, selection.stages, selection.heads
 
     def statistics(
         self, stages: Sequence[Stage], compressed: Passes | None = None, enough: int = _ENOUGH
@@ -47,10 +50,14 @@ class Calibration:
         Batches from all over the data are run until each layer has `enough` tokens for each of its input features.
         """
         for group in self._groups(stages, compressed is not None):
-            if isinstance(self.layers[group[0].names[0]], DenseStack):
+            alone = group[0]
+            if isinstance(self.layers[alone.names[0]], DenseStack):
                 # of experts, all layers of a stage have the same inputs
-                collected = cache(partial(self._collect_experts, group[0], enough))
-                yield from ((name, collected) for name in group[0].names)
+                collected = cache(partial(self._collect_experts, alone, enough))
+                yield from ((name, collected) for name in alone.names)
+                continue
+            if isinstance(self.layers[alone.names[0]], nn.Embedding):
+                yield from ((name, cache(partial(self._count_tokens, name, alone.calls))) for name in alone.names)
                 continue
             collect = cache(partial(self._collect, group, compressed, enough))
             for stage in group:
@@ -70,13 +77,13 @@ class Calibration:
 
     def _groups(self, stages: Sequence[Stage], paired: bool) -> list[list[Stage]]:
         groups, size = list[list[Stage]](), _MEMORY
-        are_experts = False
+        is_alone = False
         for stage in stages:
             inputs, outputs = features(self.layers[stage.names[0]])[0], self._out_features(stage) if paired else 0
             added = 8 * inputs * (inputs + outputs)
             size += added
-            after_experts, are_experts = are_experts, isinstance(self.layers[stage.names[0]], DenseStack)
-            if size > _MEMORY or are_experts or after_experts:
+            was_alone, is_alone = is_alone, isinstance(self.layers[stage.names[0]], DenseStack | nn.Embedding)
+            if size > _MEMORY or is_alone or was_alone:
                 groups.append([])
                 size = added
             groups[-1].append(stage)
@@ -157,6 +164,41 @@ class Calibration:
         # an expert without tokens has the weight of one
         second_moment = torch.stack([m * (max(a.tokens, 1) / tokens) for m, a in zip(own, experts, strict=True)])
         return InputStatistics(second_moment, second_moment.new_zeros(size), tokens)
+
+    @torch.no_grad()
+    def _count_tokens(self, name: str, calls: int) -> InputStatistics:
+        """Return the frequencies of the tokens that a table looks up.
+
+        Errors of rows count alike in all directions, and as much again as a head that has the same weight reads them.
+        """
+        table, device = self.layers[name], self.layers[name].weight.device
+        white = InputStatistics.white(table.embedding_dim, device)
+        if self._passes is None:
+            return white
+        counts = torch.zeros(table.num_embeddings, dtype=torch.int64)
+        for number, inputs in enumerate(self._passes.inputs({name: calls})):
+            for indices in inputs.get(name, ()):
+                tokens = tokens_of(self._passes.batches[number], indices[..., None]).flatten()
+                counts += torch.bincount(tokens.cpu(), minlength=len(counts))
+        moment = white.second_moment
+        if (head := self.heads.get(name)) is not None:
+            read = self._inputs_of_head(head, table)
+            moment = moment + read / read.diagonal().mean()
+        frequencies = token_frequencies(counts).to(device)
+        return replace(white, second_moment=moment, tokens=int(counts.sum()), frequencies=frequencies)
+
+    def _inputs_of_head(self, name: str, table: nn.Embedding) -> Tensor:
+        """Return the second moment of what an output head reads."""
+        assert self._passes is not None
+        accumulator = SecondMomentAccumulator(table.embedding_dim, table.weight.device)
+        numbers = spread_numbers(len(self._passes.batches))
+        for number, inputs in zip(numbers, self._passes.inputs({name: 1}, numbers), strict=True):
+            if accumulator.has(_ENOUGH):
+                break
+            with _naming(f"{name}, batch {number} of the calibration data"):
+                for x in inputs[name]:
+                    accumulator.add(tokens_of(self._passes.batches[number], x))
+        return accumulator.statistics(table.weight, centred=False).second_moment
 
     def _outputs(self, stage: Stage, x: Tensor) -> Tensor:
         """Return the outputs of all layers of a stage, without biases, in float32."""
@@ -257,12 +299,16 @@ class OriginalOutputs:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """C and the mean of x, and the original's outputs, if x comes from compressed layers; else y = W x."""
+    """C and the mean of x, and the original's outputs, if x comes from compressed layers; else y = W x.
+
+    Of a table of embeddings, frequencies say how much each output counts, (out,); of other layers, all count alike.
+    """
 
     second_moment: Tensor
     mean: Tensor
     tokens: int = 0
     original: OriginalOutputs | None = None
+    frequencies: Tensor | None = None
 
     @classmethod
     def white(cls, features: int, device: torch.device) -> InputStatistics:
@@ -294,15 +340,15 @@ class InputStatistics:
 
     def output_energy(self, weight: Tensor) -> float:
         """Return E|y|^2."""
-        return _energy(weight.double(), self.second_moment) if self.original is None else self.original.energy
+        return self._energy(weight.double()) if self.original is None else self.original.energy
 
     def relative_error(self, weight: Tensor, approximation: Tensor) -> float:
         """Return E|y - V x|^2 / E|y|^2."""
         v, energy = approximation.double(), self.output_energy(weight)
         if self.original is None:
-            error = _energy(weight.double() - v, self.second_moment)
+            error = self._energy(weight.double() - v)
         else:
-            error = energy - 2 * float((self.original.cross_moment * v).sum()) + _energy(v, self.second_moment)
+            error = energy - 2 * float((self.original.cross_moment * v).sum()) + self._energy(v)
         return error / energy if energy > 0 else 0.0
 
     def corrected_bias(self, bias: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
@@ -310,9 +356,9 @@ class InputStatistics:
         mean = weight.double() @ self.mean if self.original is None else self.original.mean
         return (bias.double() + mean - approximation.double() @ self.mean).to(bias.dtype)
 
-
-def _energy(weight: Tensor, moment: Tensor) -> float:
-    return float(((weight @ moment) * weight).sum())
+    def _energy(self, weight: Tensor) -> float:
+        energies = ((weight @ self.second_moment) * weight).sum(-1)
+        return float((energies if self.frequencies is None else energies * self.frequencies).sum())
 
 
 @contextmanager

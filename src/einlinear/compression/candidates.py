@@ -17,7 +17,7 @@ from torch import Tensor
 
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.expert_stacks import layer_weight
-from einlinear.compression.output_metric import OutputMetric, dense_weight, project
+from einlinear.compression.output_metric import OutputMetric, dense_weight, metric_of, project
 from einlinear.compression.spectrum import NO_ERROR, LowRanks, Spectrum, between
 from einlinear.nn.dense_layers import features
 from einlinear.structures import DoesNotFit, Structure, structure
@@ -87,7 +87,7 @@ def structure_errors(
     layer: Any,
     families: Mapping[str, Sequence[Structure]],
     metric: Callable[[], OutputMetric | None],
-    components: Callable[[Tensor], LowRanks],
+    components: Callable[[InputStatistics, Tensor], LowRanks],
     cached: Callable[..., Any],
 ) -> list[tuple[Structure, float]]:
     """Return "dense" and the members of families, with the errors of the layer's outputs that they leave.
@@ -96,8 +96,8 @@ def structure_errors(
     """
     weight = layer_weight(layer)
 
-    def compute_spectrum(_: InputStatistics, moment: Tensor) -> dict[str, Any]:
-        *_factors, energies = components(moment)
+    def compute_spectrum(statistics: InputStatistics, moment: Tensor) -> dict[str, Any]:
+        *_factors, energies = components(statistics, moment)
         return asdict(Spectrum.of(weight, energies))
 
     spectrum = cached("spectrum", compute_spectrum, Spectrum.from_record)
@@ -143,9 +143,9 @@ def fitted_errors(
     moment: Tensor,
 ) -> dict[str, float]:
     """Fit structures to a layer, and return their relative squared errors by spec."""
-    weight = layer_weight(layer)
+    weight, fit_metric = layer_weight(layer), metric_of(statistics, metric)
     return {
-        s.spec: statistics.relative_error(weight, dense_weight(s, project(s, weight, moment, metric(), _STEPS)))
+        s.spec: statistics.relative_error(weight, dense_weight(s, project(s, weight, moment, fit_metric, _STEPS)))
         for s in structures
     }
 

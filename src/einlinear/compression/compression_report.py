@@ -20,8 +20,9 @@ class CompressedLayer:
         expected_error: the error by which the structure was chosen.
         error: of the outputs on the calibration data, E|y - y'|^2 / E|y|^2 (centred if there is a bias), or the weight.
         sensitivity: change of the model's output per unit of a small error.
-        speed_up: over the dense layer, by the number of tokens at once; NaN for stacked experts, which are not timed.
-        tokens_per_input: tokens for each input feature that the layer was fitted to, or None.
+        speed_up: over the dense layer, by the number of tokens at once; NaN for stacked experts and embeddings, which
+            are not timed.
+        tokens_per_input: tokens for each input feature that a linear layer was fitted to, or None.
         reason: why the layer had to stay dense, or None.
         precision: of a quantised weight, or "" for the dtype of the dense layer.
         bytes_before, bytes: that the dense weight and the factors take.
@@ -99,12 +100,13 @@ class CompressionReport:
 
     Attributes:
         layers: all that were considered.
-        skipped: the other linear layers, as (name, reason).
+        skipped: the other linear layers and embeddings that were asked for, as (name, reason).
         coverage: the share of the model's parameters that was considered, and the kinds of the others.
         count: what the budget is a fraction of: "params", "macs", "bytes" or "time".
         missed_budget: the budget, if it is not reached with only_if_faster=True or count="time"; else None.
         alternative: with a budget of bytes, what quantisation alone would change.
         time: with a budget of time, what the layers take.
+        tied: embeddings and the output heads that have their factors, as (embedding, head).
         not_narrowed: with "narrow", the layers that are in no block that can be narrowed, as (name, reason).
         params_before, params, macs_before, macs, bytes_before, bytes: sums over the weights of the layers.
     """
@@ -117,6 +119,7 @@ class CompressionReport:
     alternative: QuantizationAlone | None = None
     time: MeasuredTime | None = None
     not_narrowed: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
 
     params_before, params = total("layers", "params_before"), total("layers", "params")
     macs_before, macs = total("layers", "macs_before"), total("layers", "macs")
@@ -149,6 +152,7 @@ class CompressionReport:
                 slower = "structures took longer than was estimated when they were timed themselves"
             notes.append(f"The budget of {self.missed_budget:.1%} is not reached: {slower}.")
         notes += [f"Stays dense: {layer.name}, {layer.reason}." for layer in self.layers if layer.reason is not None]
+        notes += [f"Tied: {head} has the factors of {table}." for table, head in self.tied]
         notes += [f"Left as it was: {name} {reason}." for name, reason in self.skipped]
         for reason in dict.fromkeys(reason for _, reason in self.not_narrowed):
             names = [name for name, because in self.not_narrowed if because == reason]

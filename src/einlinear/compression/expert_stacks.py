@@ -97,8 +97,8 @@ def stacks_of(model: nn.Module) -> dict[str, DenseStack]:
 
 
 def layer_weight(layer: Any) -> Tensor:
-    """Return the weight of a linear layer, (out_features, in_features), or of a stack, (experts, out, in)."""
-    weight: Tensor = layer.weight if isinstance(layer, DenseStack) else weight_matrix(layer)
+    """Return the weight of a linear layer or table, (out_features, in_features), or of a stack, (experts, out, in)."""
+    weight: Tensor = layer.weight if isinstance(layer, DenseStack | nn.Embedding) else weight_matrix(layer)
     return weight
 
 

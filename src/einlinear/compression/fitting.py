@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import LayerCandidate
+from einlinear.compression.embedding_tables import head_of
 from einlinear.compression.expert_stacks import DenseStack, layer_weight
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.narrowing import NarrowCandidate, fit_narrow, in_full_size, narrow_layer
-from einlinear.compression.output_metric import OutputMetric, project
+from einlinear.compression.output_metric import OutputMetric, metric_of, project
 from einlinear.compression.resume_cache import LayerResults
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Experts
@@ -51,6 +52,9 @@ def fit_layers(
                 fitted[name] = cached(choice.label, compute, partial(_fitted_layer, old, choice), True)
         names = [name for stage in group for name in stage.names if name in fitted]
         new = {name: in_full_size(calibrated.layers[name], fitted[name].layer, chosen[name]) for name in names}
+        for name in names:
+            if (head := calibrated.heads.get(name)) is not None:
+                new[head] = head_of(new[name], compressed.get_submodule(head))
         replace_modules(compressed, {id(compressed.get_submodule(name)): layer for name, layer in new.items()})
     results.report(len(fitted))
     return fitted
@@ -70,7 +74,8 @@ def _fit(
         return fit_narrow(old, choice, damping, inputs, moment)
     weight, layer = layer_weight(old), _layer_of(old, choice)
     target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
-    factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, metric())
+    fit_metric = metric_of(inputs, metric)
+    factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, fit_metric)
     if isinstance(layer, QuantizedLinear):
         layer.store(round_factors(layer.structure, factors, layer.formats, target, of_inputs))
     else:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from einlinear import ops
 from einlinear.compression.activations import hooked, output_of, tokens_of
 from einlinear.compression.block_checkpointing import checkpointed_blocks
-from einlinear.compression.calibration import spread_numbers
+from einlinear.compression.calibration import InputStatistics, spread_numbers
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.ops.projection.svd import count, merge, unmerge
@@ -45,13 +46,21 @@ class OutputMetric:
         g = self.moment.double()
         is_diagonal = g.dim() == 1
         mean = g.mean() if is_diagonal else g.diagonal().mean()
-        g = g / mean + _DAMPING * (torch.ones_like(g) if is_diagonal else torch.eye(len(g)).to(g))
+        g = g / mean
+        if structure is not None and (added := _padded_outputs(structure) - structure.out_features):
+            g = F.pad(g, (0, added) if is_diagonal else (0, added, 0, added))
+        g = g + _DAMPING * (torch.ones_like(g) if is_diagonal else torch.eye(len(g)).to(g))
         if is_diagonal:
             blocks = g[None, :, None] if structure is None else _by_block(structure, g[:, None])
             return blocks.sqrt(), blocks.rsqrt()
         variances, directions = torch.linalg.eigh(g[None] if structure is None else _diagonal_blocks(structure, g))
         root = variances.clamp(min=_DAMPING / 2).sqrt()[:, None]
         return (directions * root) @ directions.mT, (directions / root) @ directions.mT
+
+
+def metric_of(statistics: InputStatistics, of_gradients: Callable[[], OutputMetric | None]) -> OutputMetric | None:
+    """Return the metric to fit a layer in: of a table of embeddings its tokens' frequencies, else that of gradients."""
+    return of_gradients() if statistics.frequencies is None else OutputMetric(statistics.frequencies)
 
 
 def apply_roots(roots: Tensor, matrices: Tensor) -> Tensor:
@@ -79,14 +88,15 @@ def project(
     term = structure.terms[0]
     last, sizes = term.factors[-1], dict(structure.sizes)
     is_alone = len(structure.terms) == 1 and not {*term.inputs} & {*term.outputs}
-    writes_all = not last.free and count(term.outputs, sizes) == structure.out_features
-    if metric is None or moment is None or not (is_alone and writes_all):
+    if metric is None or last.free or not is_alone:
         return ops.project(structure, weight, moment, steps)
     root, inverse = metric.factored(structure)
-    weighted = apply_roots(root, _by_block(structure, weight.double()))
-    shape, axes = (structure.in_features,), (*term.outputs, "feature")
-    matrix = unmerge(weighted, (last.batch, last.new, ("feature",)), axes, {**sizes, "feature": shape[0]})
-    matrix = matrix.reshape(weight.shape).to(torch.promote_types(weight.dtype, torch.float32))
+    padded = F.pad(weight.double(), (0, 0, 0, _padded_outputs(structure) - structure.out_features))
+    weighted = apply_roots(root, _by_block(structure, padded))
+    axes, with_features = (*term.outputs, "feature"), {**sizes, "feature": structure.in_features}
+    matrix = unmerge(weighted, (last.batch, last.new, ("feature",)), axes, with_features)
+    matrix = matrix.reshape(padded.shape)[: structure.out_features]
+    matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
     *others, factor = ops.project(structure, matrix, moment, steps)
     groups = last.batch, last.new, last.contracted
     return [*others, unmerge(apply_roots(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
@@ -97,6 +107,10 @@ def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
     if factors[0].dim() == len(structure.shapes[0]):
         return ops.dense_weight(structure, factors)
     return torch.stack([ops.dense_weight(structure, each) for each in zip(*factors, strict=True)])
+
+
+def _padded_outputs(structure: Structure) -> int:
+    return count(structure.terms[0].outputs, dict(structure.sizes))
 
 
 def _by_block(structure: Structure, matrix: Tensor) -> Tensor:

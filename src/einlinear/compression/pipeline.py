@@ -15,24 +15,25 @@ from torch import Tensor, nn
 
 from einlinear.compression.budget import Budget, MacsBudget
 from einlinear.compression.byte_budget import ByteBudget, weight_bytes
-from einlinear.compression.calibration import Calibration
+from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, structure_errors
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
-from einlinear.compression.expert_stacks import DenseStack, layer_weight, matrices, open_experts
+from einlinear.compression.embedding_tables import head_of, untie_config
+from einlinear.compression.expert_stacks import layer_weight, matrices, open_experts
 from einlinear.compression.fitting import FittedLayer, fit_layers
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.inner_features import InnerFeatures
 from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
 from einlinear.compression.narrowing import NARROW, UNIFORM, Removal, check_narrow, module_candidates, removal
-from einlinear.compression.output_metric import OutputMetric, measure_output_metrics
+from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, metric_of
 from einlinear.compression.resume_cache import LayerResults, ResumeCache, digest_of
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
 from einlinear.compression.time_budget import TimeBudget
 from einlinear.conversion.replacement import replace_modules
-from einlinear.nn import Experts, Linear
+from einlinear.nn import Embedding, Experts, Linear
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, check_batches, evaluating, without_key_cache
 from einlinear.nn.quantized_linear import QuantizedLinear
@@ -52,6 +53,7 @@ def compress(
     count: str = "params",
     tokens: int | None = None,
     layers: str | Sequence[str] | None = None,
+    embeddings: str | Sequence[str] = (),
     sequential: bool = True,
     damping: float = 1e-2,
     only_if_faster: bool = False,
@@ -80,6 +82,9 @@ def compress(
             times the length. None: 1 and 256; count="time" needs a number.
         layers: a glob, or several, on qualified names: which layers to compress. None: all but output heads, which the
             guide lists. Globs and names are those of `einlinear.convert`.
+        embeddings: a glob, or several: which `torch.nn.Embedding` to compress as well, with count="params". The rows of
+            tokens that are frequent in the calibration data count most. An output head with the weight of one gets its
+            factors; the config of a transformers model is then told not to tie the two.
         sequential: fit each layer on the outputs of the compressed layers before it; False: on the original's inputs,
             as stacked experts always are.
         damping: fraction of the mean variance to add to the variance of every direction of the inputs, at least 0.
@@ -108,6 +113,9 @@ def compress(
     """
     families = [structures] if isinstance(structures, str) else list(structures)
     kind = budget_kind(count, families, tokens, only_if_faster)
+    if embeddings and count != "params":
+        reason = "a lookup multiplies little, and rows are not quantised"
+        raise ValueError(f"embeddings are compressed with count='params' only, not {count!r}: {reason}")
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = cache_dir is not None or shared_cache_dir is not None
     if is_cached and cache_dir == shared_cache_dir:
@@ -121,10 +129,10 @@ def compress(
         with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
             compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-            selection = select_layers(model, layers, batches)
+            selection = select_layers(model, layers, embeddings, batches)
             dense = selection.layers
-            linears = {name: layer for name, layer in dense.items() if not isinstance(layer, DenseStack)}
-            blocks, not_narrowed = find_blocks(model, selection, batches or [], families)
+            linear = selection.linear()
+            blocks, not_narrowed = find_blocks(model, linear, batches or [], families)
             config = {"budget": budget, "structures": families, "count": count, "layers": list(dense)}
             config |= {"sequential": sequential, "only_if_faster": only_if_faster, "tokens": tokens, **data_config}
             results = shared_results = ResumeCache(cache_dir, config, "an unfinished compression")
@@ -134,7 +142,7 @@ def compress(
             def report_timing(done: int) -> None:
                 report_progress("timing layers", done, max(done, len(dense)))
 
-            timer = LayerTimer(linears, TOKENS if tokens is None else (tokens,), results, report_timing)
+            timer = LayerTimer(linear.layers, TOKENS if tokens is None else (tokens,), results, report_timing)
             report_progress("looking at the model", 1, 1)
             total_budget = kind(budget, dense, families, timer, only_if_faster)
             if not blocks:
@@ -147,9 +155,9 @@ def compress(
             calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
-            probe = None if batches is None else SensitivityProbe(model, batches)
+            probe = None if batches is None else SensitivityProbe(model, batches, selection.heads)
             metrics = cache(
-                lambda: {} if batches is None else measure_output_metrics(model, linears, batches, results.copy)
+                lambda: {} if batches is None else measure_output_metrics(model, linear.layers, batches, results.copy)
             )
 
             def metric(name: str) -> OutputMetric | None:
@@ -178,13 +186,20 @@ def compress(
         ]
         is_missed = sum(candidate.cost for candidate in chosen.values()) > total_budget.largest
         narrow_attributes(model, chosen)
-        replace_modules(model, {id(dense[name]): f.layer.train(dense[name].training) for name, f in fitted.items()})
+        new_layers = {id(dense[name]): f.layer.train(dense[name].training) for name, f in fitted.items()}
+        heads = {name: head for name, head in selection.heads.items() if name in fitted}
+        for name, full_name in heads.items():
+            head = model.get_submodule(full_name)
+            new_layers[id(head)] = head_of(fitted[name].layer, head)
+            untie_config(model)
+        replace_modules(model, new_layers)
         return CompressionReport(
             tuple(reports),
             tuple(selection.skipped),
             selection.coverage,
             count=count,
             missed_budget=budget if is_missed else None,
+            tied=tuple((names[name], names[head]) for name, head in heads.items()),
             not_narrowed=tuple((names[name], reason) for name, reason in not_narrowed),
             **alternatives,
         )
@@ -216,13 +231,15 @@ def _compare(
     return sensitivities, candidates, removals
 
 
-def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callable[[Tensor], LowRanks]:
+def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callable[[InputStatistics, Tensor], LowRanks]:
     """Return a function that computes the low ranks of a layer once, since a layer has one second moment."""
     results: list[LowRanks] = []
 
-    def compute(moment: Tensor) -> LowRanks:
+    def compute(statistics: InputStatistics, moment: Tensor) -> LowRanks:
         if not results:
-            results.append(low_ranks(layer_weight(layer), moment, metric()))
+            results.append(
+                low_ranks(layer_weight(layer), moment, metric_of(statistics, metric), statistics.frequencies)
+            )
         return results[0]
 
     return compute
@@ -239,18 +256,21 @@ def _layer_report(
 ) -> CompressedLayer:
     """Describe what became of a dense layer; `fitted` is None if it stays dense."""
     entries, before = dense.weight.numel(), weight_bytes(dense)
-    macs_before = matrices(dense, "macs") * math.prod(features(dense))
+    is_table = isinstance(dense, nn.Embedding)
+    # a lookup multiplies little
+    macs_before = 0 if is_table else matrices(dense, "macs") * math.prod(features(dense))
     params, macs, now = entries, macs_before, before
     speed_up = SpeedUp(dict.fromkeys(timer.tokens, 1.0))
     if fitted is not None:
         new = fitted.layer
-        if isinstance(new, Linear | Experts):
+        if isinstance(new, Linear | Experts | Embedding):
             params, macs = (matrices(dense, count) * getattr(new.structure, count) for count in ("params", "macs"))
+            macs = 0 if is_table else macs
         else:
             params = macs = new.weight.numel()
         now = new.nbytes if isinstance(new, QuantizedLinear) else params * dense.weight.element_size()
-        # experts are not timed
-        speed_up = timer(dense, new) if not isinstance(new, Experts) else SpeedUp(dict.fromkeys(timer.tokens, math.nan))
+        is_timed = not isinstance(new, Experts | Embedding)
+        speed_up = timer(dense, new) if is_timed else SpeedUp(dict.fromkeys(timer.tokens, math.nan))
     return CompressedLayer(
         name,
         chosen.structure,
@@ -262,7 +282,7 @@ def _layer_report(
         error=fitted.error if fitted else 0.0,
         sensitivity=sensitivity.slope,
         speed_up=speed_up,
-        tokens_per_input=fitted.tokens / features(dense)[0] if fitted and fitted.tokens else None,
+        tokens_per_input=fitted.tokens / features(dense)[0] if fitted and fitted.tokens and not is_table else None,
         reason=None if fitted else reason,
         precision=chosen.precision,
         bytes_before=before,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
-from einlinear.compression.expert_stacks import stacks_of
+from einlinear.compression.embedding_tables import Owners, tied_head
+from einlinear.compression.expert_stacks import DenseStack, stacks_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
 from einlinear.conversion.experts import reason_to_skip_experts, unsupported_experts
-from einlinear.conversion.replacement import linear_layers, owners_of
+from einlinear.conversion.replacement import linear_layers, modules_of, owners_of
 from einlinear.conversion.weight_usage import uncalled_layers
+from einlinear.nn import Embedding
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, call
 from einlinear.nn.names import as_globs, full_names, matching
@@ -49,7 +51,8 @@ class Stage:
 class Selection:
     """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons.
 
-    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these.
+    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these. `heads`
+    has the output heads that share the weights of embeddings, by these.
     """
 
     layers: dict[str, Any]
@@ -57,18 +60,34 @@ class Selection:
     skipped: list[tuple[str, str]]
     coverage: Coverage
     names: dict[str, str]
+    heads: dict[str, str]
 
     @property
     def first_layers(self) -> list[str]:
         """The first layer of each stage, whose inputs are those of the others."""
         return [stage.names[0] for stage in self.stages]
 
+    def linear(self) -> Selection:
+        """Return the linear layers alone, without embeddings and stacks of experts."""
+        layers = {n: layer for n, layer in self.layers.items() if not isinstance(layer, DenseStack | nn.Embedding)}
+        stages = [replace(stage, names=tuple(n for n in stage.names if n in layers)) for stage in self.stages]
+        return replace(self, layers=layers, stages=[stage for stage in stages if stage.names])
+
 
 def select_layers(
-    model: nn.Module, layers: str | Sequence[str] | None, batches: Sequence[Batch] | None = None
+    model: nn.Module,
+    layers: str | Sequence[str] | None,
+    embeddings: str | Sequence[str] = (),
+    batches: Sequence[Batch] | None = None,
 ) -> Selection:
-    """Select layers by globs, or all but output heads. Batches show their order, and which the output depends on."""
-    chosen, skipped = _suitable_layers(model, layers, batches)
+    """Select linear layers by globs, or all but output heads, and embeddings by globs.
+
+    Batches show their order, and which the output depends on.
+    """
+    only_embeddings = bool(embeddings) and layers is not None and not as_globs(layers, "layers")
+    chosen, skipped = ({}, []) if only_embeddings else _suitable_layers(model, layers, batches)
+    tables, heads, others = _suitable_tables(model, embeddings)
+    chosen, skipped = chosen | tables, [part for part in skipped if part[0] not in heads.values()] + others
     stages = [Stage((name,), 1) for name in chosen]
     reasons: dict[str, str] = {}
     if batches is not None:
@@ -78,9 +97,11 @@ def select_layers(
         reasons |= {name: _UNREACHED for name in called if name not in reached}
         if layers is None and type(model) is not nn.Sequential:
             # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
-            heads = [name for name in called if name in last and name not in reasons]
-            reasons |= {n: _IS_HEAD for n in heads if features(chosen[n])[1] != features(chosen[called[0]])[0]}
-    names = {full: name for name, full in full_names(model).items()}
+            linears = [name for name in called if name not in tables]
+            ends = [name for name in linears if name in last and name not in reasons]
+            reasons |= {n: _IS_HEAD for n in ends if features(chosen[n])[1] != features(chosen[linears[0]])[0]}
+    full = full_names(model)
+    names = {name: short for short, name in full.items()}
     skipped += [(names[name], reason) for name, reason in reasons.items()]
     selectable = [Stage(tuple(n for n in stage.names if n not in reasons), stage.calls) for stage in stages]
     stages = [stage for stage in selectable if stage.names]
@@ -89,10 +110,11 @@ def select_layers(
     if not selected:
         because = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
         because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
-        raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
+        raise ValueError(f"there is no dense layer to compress: {'; '.join(because)}")
     if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
         raise ValueError(f"the weight of {names[broken]} has values that are NaN or infinite")
-    return Selection(selected, stages, skipped, coverage, names)
+    tied = {table: full[head] for table, head in heads.items() if table in selected}
+    return Selection(selected, stages, skipped, coverage, names, tied)
 
 
 def _suitable_layers(
@@ -116,22 +138,46 @@ def _suitable_layers(
         if id(layer) in seen or name not in matched:
             continue
         seen.add(id(layer))
-        reason = uncalled.get(id(layer)) or reason_to_skip(layer)
-        if reason is None and len(owners[id(layer.weight)]) > 1:
-            others = [other for other, module in owners[id(layer.weight)] if module is not layer]
-            reason = f"has its weight tied to {', '.join(others)}"
+        reason = uncalled.get(id(layer)) or reason_to_skip(layer) or _reason_of_ties(layer, owners)
         if reason or id(layer) in heads:
             skipped.append((name, reason or _IS_HEAD))
-        elif layer.weight.is_meta:
-            raise ValueError(f"{name} is on the meta device: load the model before you compress it")
         else:
+            _check_is_loaded(name, layer)
             chosen[full[name]] = layer
     for name, stack in stacks.items():
         if name in matched or _experts_of(name) in matched:
-            if stack.weight.is_meta:
-                raise ValueError(f"{name} is on the meta device: load the model before you compress it")
+            _check_is_loaded(name, stack)
             chosen[full[name]] = stack
     return chosen, skipped
+
+
+def _suitable_tables(
+    model: nn.Module, embeddings: str | Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
+    """Return the tables of embeddings that globs match and the heads tied to them, by name, and the others' reasons."""
+    full, owners = full_names(model), owners_of(model)
+    matched = matching(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
+    chosen, heads, skipped = dict[str, Any](), dict[str, str](), list[tuple[str, str]]()
+    for name, table in matched.items():
+        head = tied_head(table, owners)
+        reason = _reason_of_ties(table, owners) if head is None else reason_to_skip(head[1])
+        if (reason := reason_to_skip(table) or reason) is not None:
+            skipped.append((name, reason))
+        elif not any(table is other for other in chosen.values()):
+            _check_is_loaded(name, table)
+            chosen[full[name]] = table
+            heads |= {full[name]: head[0]} if head is not None else {}
+    return chosen, heads, skipped
+
+
+def _reason_of_ties(layer: Any, owners: Owners) -> str | None:
+    others = [name for name, module in owners[id(layer.weight)] if module is not layer]
+    return f"has its weight tied to {', '.join(others)}" if others else None
+
+
+def _check_is_loaded(name: str, layer: Any) -> None:
+    if layer.weight.is_meta:
+        raise ValueError(f"{name} is on the meta device: load the model before you compress it")
 
 
 def _experts_of(stack: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,17 +72,17 @@ UNKNOWN = Sensitivity(((1.0, 1.0),))
 def measure_sensitivity(
     layer: Any,
     probe: SensitivityProbe,
-    components: Callable[[Tensor], LowRanks],
+    components: Callable[[InputStatistics, Tensor], LowRanks],
     statistics: InputStatistics,
     moment: Tensor,
 ) -> Sequence[tuple[float, float]]:
     """Replace a layer by low-rank approximations, given its components, and return the points of its sensitivity."""
     weight, points = layer_weight(layer), []
-    after, before, _ = (tensor.to(weight.dtype) for tensor in components(moment))
+    after, before, _ = (tensor.to(weight.dtype) for tensor in components(statistics, moment))
     for share in _SHARES:
         rank, shift = int(share * math.prod(weight.shape[-2:]) / sum(weight.shape[-2:])), None
         approximation = after[..., :rank] @ before[..., :rank, :]
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             shift = statistics.corrected_bias(layer.bias, weight, approximation) - layer.bias
         # a weight of zeros has no error
         if (error := statistics.relative_error(weight, approximation)) > 0:
@@ -94,29 +94,37 @@ def measure_sensitivity(
 
 
 class SensitivityProbe:
-    """Outputs of the original model on calibration data, and their distance to those of a changed model."""
+    """Outputs of the original model on calibration data, and their distance to those of a changed model.
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    Heads that share the weights of layers change with them.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], heads: Mapping[str, str] | None = None) -> None:
         # those that were run, with as many samples as are enough
         self._model, self._batches = model, list(batches)
         self._run, self._originals = set[int](), dict[int, ModelOutput]()
         # the blocks before a layer are not run again
         self._passes = Passes(model, self._batches)
         self._names = {id(layer): name for name, layer in model.named_modules()}
+        self._heads = heads or {}
 
     @torch.no_grad()
     def output_change(self, layer: nn.Module, weight_change: Tensor, bias_change: Tensor | None) -> float:
         """Return the mean KL divergence of logits, or relative squared error of other outputs, if a layer changes."""
         calls = tokens = 0
 
-        def add_change(_: str, x: Tensor, output: Tensor) -> Tensor:
+        def add_change(name: str, x: Tensor, output: Tensor) -> Tensor:
             nonlocal calls, tokens
-            calls, tokens = calls + (x.numel() > 0), tokens + x.shape[:-1].numel()
+            if name:
+                return output + F.linear(x, weight_change.to(x))
+            calls, tokens = calls + (x.numel() > 0), tokens + output.shape[:-1].numel()
             if isinstance(layer, DenseStack):
                 return output + layer.multiply(x, weight_change.to(x))
+            if isinstance(layer, nn.Embedding):
+                return output + F.embedding(x, weight_change.to(output))
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
-        changed = partial(hooked, {"": layer}, add_change)
+        changed = partial(hooked, {"": layer, **self._head_of(layer)}, add_change)
         self._skip_to(layer)
         total = size = 0.0
         reached = 0
@@ -145,6 +153,11 @@ class SensitivityProbe:
         change = total / max(size, 1e-30)
         # NaN and infinity count as a large change
         return min(change, 1e6) if math.isfinite(change) else 1e6
+
+    def _head_of(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """Return the output head, by name, that has the weight of a table."""
+        head = self._heads.get(self._names[id(layer)])
+        return {} if head is None else {head: self._model.get_submodule(head)}
 
     def _skip_to(self, layer: nn.Module) -> None:
         original = self._original(0)

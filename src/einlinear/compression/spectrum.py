@@ -20,11 +20,14 @@ NO_ERROR = 1e-12
 
 
 @torch.no_grad()
-def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> LowRanks:
+def low_ranks(
+    weight: Tensor, moment: Tensor, metric: OutputMetric | None, frequencies: Tensor | None = None
+) -> LowRanks:
     """Return factors A (out, n) and B (n, in) whose first r columns and rows are the best rank r, and the energies.
 
     The energy of a component, in decreasing order of what it counts in the metric, is the error without it. For a
     weight (out, in) and inputs with second moment (in, in); all in float64. Stacks of both have stacks of all three.
+    Frequencies (out,) say how much the error of each output counts; None: all count alike.
     """
     w = weight.double()
     root, inverse = (None, None) if metric is None else metric.factored()
@@ -32,7 +35,8 @@ def low_ranks(weight: Tensor, moment: Tensor, metric: OutputMetric | None) -> Lo
     energies, directions = _principal_outputs(weighted, moment.double())
     after = directions if inverse is None else apply_roots(inverse, directions[None])[0]
     # the components' outputs are uncorrelated, so their errors add up
-    return after, directions.mT @ weighted, energies * after.square().sum(-2)
+    squares = after.square() if frequencies is None else after.square() * frequencies[:, None]
+    return after, directions.mT @ weighted, energies * squares.sum(-2)
 
 
 def _principal_outputs(w: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

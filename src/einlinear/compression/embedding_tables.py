@@ -1,0 +1,57 @@
+"""Tables of embeddings as layers that the pipeline of `compress` measures: linear layers of one-hot vectors.
+
+Their second moment of inputs is diagonal: it holds the frequencies of tokens. An output head that has the same weight
+gets the same factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from einlinear.nn import Linear
+from einlinear.nn.dense_layers import is_linear
+
+# modules that hold a parameter, with their names, by its id
+Owners = Mapping[int, list[tuple[str, nn.Module]]]
+
+
+def token_frequencies(counts: Tensor) -> Tensor:
+    """Return the frequencies of tokens, (tokens,) in float64 and 1 on average, by how often each occurs in the data.
+
+    Those that do not occur share the frequency of those that occur once (Good and Turing), or what they would have
+    if all tokens were alike, if that is less: new text has tokens that the data lack.
+    """
+    counts = counts.double()
+    total, is_new = counts.sum(), counts == 0
+    once, new = (counts == 1).double().sum() / total.clamp(min=1), is_new.double().mean()
+    share = torch.minimum(once, new) if total > 0 else new
+    seen = (1 - share) * counts / total.clamp(min=1)
+    return len(counts) * torch.where(is_new, share / is_new.sum().clamp(min=1), seen)
+
+
+def tied_head(table: nn.Embedding, owners: Owners) -> tuple[str, Any] | None:
+    """Return the name and the linear layer that alone has the weight of a table, or None."""
+    others = [(name, module) for name, module in owners[id(table.weight)] if module is not table]
+    return others[0] if len(others) == 1 and is_linear(others[0][1]) else None
+
+
+@torch.no_grad()
+def head_of(table: Any, head: Any) -> Linear:
+    """Return an output head with the factors of a structured table, and the bias of a dense head."""
+    layer: Any = Linear.like(head, table.structure)
+    for name, factor in table.named_parameters():
+        setattr(layer, name, factor)
+    if layer.bias is not None:
+        layer.bias.copy_(head.bias)
+    return layer.train(head.training)  # type: ignore[no-any-return]
+
+
+def untie_config(model: nn.Module) -> None:
+    """Tell the config of a transformers model not to tie the weights of table and head: they share their factors."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
