@@ -22,11 +22,13 @@ def weighted_error(w: Tensor, v: Tensor, c: Tensor, g: Tensor) -> float:
 
 @pytest.mark.parametrize("spec", ["low_rank(rank=10)", "monarch(blocks=4)", "blast(blocks=4, rank=8)"])
 @pytest.mark.parametrize("is_diagonal", [False, True])
-def test_fits_in_a_metric(spec: str, is_diagonal: bool) -> None:
+@pytest.mark.parametrize("size", [32, 30])
+def test_fits_in_a_metric(spec: str, is_diagonal: bool, size: int) -> None:
+    """Of 30 outputs, four blocks are padded."""
     torch.manual_seed(0)
-    s, w, c = structure(spec, 48, 32), torch.randn(32, 48, dtype=torch.float64), correlated(48).double()
-    scales = torch.logspace(-1, 1, 32, dtype=torch.float64)
-    g = scales.diag() if is_diagonal else scales[:, None] * correlated(32).double() * scales
+    s, w, c = structure(spec, 48, size), torch.randn(size, 48, dtype=torch.float64), correlated(48).double()
+    scales = torch.logspace(-1, 1, size, dtype=torch.float64)
+    g = scales.diag() if is_diagonal else scales[:, None] * correlated(size).double() * scales
     metric = OutputMetric(scales if is_diagonal else g)
     plain, weighted = (
         weighted_error(w, ops.dense_weight(s, project(s, w, c, given)), c, g) for given in (None, metric)

@@ -129,7 +129,7 @@ def compress(
         with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
             compressed = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-            selection = select_layers(model, layers, embeddings, batches)
+            selection = select_layers(model, layers, batches, embeddings)
             dense = selection.layers
             linear = selection.linear()
             blocks, not_narrowed = find_blocks(model, linear, batches or [], families)

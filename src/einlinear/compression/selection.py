@@ -77,8 +77,8 @@ class Selection:
 def select_layers(
     model: nn.Module,
     layers: str | Sequence[str] | None,
-    embeddings: str | Sequence[str] = (),
     batches: Sequence[Batch] | None = None,
+    embeddings: str | Sequence[str] = (),
 ) -> Selection:
     """Select linear layers by globs, or all but output heads, and embeddings by globs.
 
@@ -110,7 +110,7 @@ def select_layers(
     if not selected:
         because = [f"{name} {reason}" for name, reason in skipped] or ["the model has no linear layer"]
         because += [f"not considered: {', '.join(map(str, coverage.others))}"] if coverage.others else []
-        raise ValueError(f"there is no dense layer to compress: {'; '.join(because)}")
+        raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
     if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
         raise ValueError(f"the weight of {names[broken]} has values that are NaN or infinite")
     tied = {table: full[head] for table, head in heads.items() if table in selected}

@@ -36,6 +36,7 @@ def compress_command(
     max_length: _Count = 256,
     batch_size: _Count = 16,
     layers: list[str] | None = None,
+    embeddings: list[str] | None = None,
     distill: _NonNegative = 0.0,
     lr: Annotated[float | None, typer.Option(min=0.0)] = None,
     optimizer: str = "muon",
@@ -68,6 +69,8 @@ def compress_command(
         max_length: Tokens of each, at most.
         batch_size: Lines or pieces that are run at once.
         layers: Globs on the layers' names. Default: all but the output head.
+        embeddings: Globs on the names of embeddings to compress as well, with an output head that shares the weight of
+            one. Default: none.
         distill: Minutes of training towards the original's outputs. Quantised weights stay as they are.
         lr: Learning rate of --distill. Default: 1e-3 for Muon, 3e-4 for AdamW.
         optimizer: Of --distill: muon, for matrices and factors, with AdamW for the rest; or adamw.
@@ -148,6 +151,7 @@ def compress_command(
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
             options: dict[str, Any] = {"count": count, "tokens": tokens, "layers": layers, "cache_dir": unfinished}
+            options |= {"embeddings": embeddings or ()}
             with display.steps() as advance:
                 options |= {"sequential": sequential, "only_if_faster": only_if_faster, "progress": advance}
                 report = compression.compress(compressed, budget, families, batches, **options)

@@ -57,6 +57,23 @@ def source(request: pytest.FixtureRequest, text: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def test_embeddings_that_are_named(source: Path, text: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    is_bert = json.loads((source / "config.json").read_text())["model_type"] == "bert"
+    name, layer = ("word_embeddings", "*layer.0.intermediate.dense") if is_bert else ("wte", "*h.0.mlp.c_fc")
+    options = ("--embeddings", f"*{name}", "--layers", layer, "--calibration", text, *LOW_RANK)
+    # the table alone has more
+    code, _, err = run("compress", source, "--out", tmp_path / "out", "--budget", 0.3, *options)
+    assert (code, err) == (0, "")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert isinstance(model.get_input_embeddings(), el.Embedding)
+    report = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert [layer["params"] for layer in report["layers"] if layer["name"].endswith(name)] == [
+        model.get_input_embeddings().structure.params
+    ]
+
+
 def test_what_comes_out_is_loaded_as_any_model(source: Path, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
@@ -527,6 +544,7 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
         ({"--calibration": "none.txt"}, ["there is no file", "none.txt"]),
         ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
+        ({"--embeddings": "nothing.*"}, ["embeddings: 'nothing.*' matches no embedding"]),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
         ({"MODEL": "mistyped"}, ["there is no folder", "mistyped"]),
         ({"MODEL": "adapter"}, ["adapter holds an adapter (adapter_config.json). Merge it into its model first"]),
