@@ -245,7 +245,7 @@ def test_every_call_takes_other_memory(dtype: torch.dtype) -> None:
     assert large.weight.data_ptr() == at
 
 
-def test_stored_weights_are_timed() -> None:
+def test_quantized_weights_are_timed() -> None:
     layers = {"dense": nn.Linear(64, 64, bias=False)}
     layers |= {p: QuantizedLinear(64, 64, "dense", False, precision=p) for p in ("bfloat16", "int4(group=64)")}
     assert all(seconds > 0 for seconds in interleaved_seconds(layers, 2, 2**16).values())
