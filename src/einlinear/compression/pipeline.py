@@ -40,7 +40,7 @@ from einlinear.nn.quantized_linear import QuantizedLinear
 # what `count` counts
 _BUDGETS: dict[str, type[Budget]] = {b.count: b for b in (Budget, MacsBudget, ByteBudget, TimeBudget)}
 # tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
-_ENOUGH = 16
+_TOKENS_PER_INPUT_TO_COMPARE = 16
 
 
 def compress(
@@ -137,14 +137,15 @@ def compress(
             timer = LayerTimer(linears, TOKENS if tokens is None else (tokens,), results, report_timing)
             report_progress("looking at the model", 1, 1)
             total_budget = kind(budget, dense, families, timer, only_if_faster)
+            total_budget.measure_costs()
             if not blocks:
                 total_budget.check()
 
             # 1. calibrate
-            passes = None
+            original_passes = None
             if batches is not None:
-                passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
-            calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
+                original_passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
+            calibrated = Calibration(original_passes, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
             probe = None if batches is None else SensitivityProbe(model, batches)
@@ -202,7 +203,7 @@ def _compare(
     sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
     candidates: dict[str, list[LayerCandidate]] = {}
     consumers, removals = {inner.consumer: inner for inner in blocks}, dict[str, Removal]()
-    for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
+    for name, statistics in calibrated.statistics(calibrated.stages, enough=_TOKENS_PER_INPUT_TO_COMPARE):
         layer, cached = calibrated.layers[name], results.cached(name, len(candidates), statistics)
         components = _components(layer, partial(metric, name))
         if probe is not None:

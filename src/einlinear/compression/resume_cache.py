@@ -47,7 +47,7 @@ class ResumeCache:
         return True
 
     def get_or(
-        self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
+        self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, *, tensors: bool = False
     ) -> T:
         """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it.
 
@@ -116,7 +116,13 @@ class LayerResults:
     def cached(self, layer: str, done: int, collect: Callable[[], InputStatistics]) -> Callable[..., Any]:
         """Return `ResumeCache.get_or` for functions of a layer's inputs and their damped second moment."""
 
-        def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
+        def get_or(
+            content: str,
+            compute: Callable[[InputStatistics, Tensor], Any],
+            decode: Callable[[Any], Any] = lambda x: x,
+            *,
+            tensors: bool = False,
+        ) -> Any:
             def record() -> Any:
                 inputs = collect()
                 self.report(done)
@@ -126,7 +132,7 @@ class LayerResults:
                     advice = f"give more calibration data, or a larger damping than {self.damping:g}"
                     raise ValueError(f"{layer} cannot be fitted to its inputs: {error}; {advice}") from error
 
-            return self.cache.get_or(f"{content} of {layer}", record, *how)
+            return self.cache.get_or(f"{content} of {layer}", record, decode, tensors=tensors)
 
         return get_or
 
