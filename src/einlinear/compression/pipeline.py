@@ -26,7 +26,8 @@ from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
 from einlinear.compression.narrowing import NARROW, UNIFORM, Removal, check_narrow, module_candidates, removal
 from einlinear.compression.output_metric import OutputMetric, measure_output_metrics
-from einlinear.compression.resume_cache import LayerResults, ResumeCache, digest_of
+from einlinear.compression.resume_cache import LayerResults, ResumeCache, check_cache_folders, digest_of
+from einlinear.compression.rng_state import preserved_rng_state
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
@@ -43,6 +44,7 @@ _BUDGETS: dict[str, type[Budget]] = {b.count: b for b in (Budget, MacsBudget, By
 _TOKENS_PER_INPUT_TO_COMPARE = 16
 
 
+@preserved_rng_state()
 def compress(
     model: nn.Module,
     budget: float,
@@ -110,8 +112,7 @@ def compress(
     kind = budget_kind(count, families, tokens, only_if_faster)
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = cache_dir is not None or shared_cache_dir is not None
-    if is_cached and cache_dir == shared_cache_dir:
-        raise ValueError(f"cache_dir and shared_cache_dir are both {cache_dir}: give two folders")
+    check_cache_folders(cache_dir, shared_cache_dir)
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.scratch_files import copy_in_file
-from einlinear.files import read_json, write_json
+from einlinear.files import check_folder, read_json, write_json
 
 T = TypeVar("T")
+
+
+def check_cache_folders(cache_dir: str | Path | None, shared_cache_dir: str | Path | None) -> None:
+    """Raise ValueError for arguments of `compress` that cannot be two folders."""
+    if cache_dir is not None and cache_dir == shared_cache_dir:
+        raise ValueError(f"cache_dir and shared_cache_dir are both {cache_dir}: give two folders")
+    for argument, folder in (("cache_dir", cache_dir), ("shared_cache_dir", shared_cache_dir)):
+        if folder is not None:
+            check_folder(folder, argument)
 
 
 class ResumeCache:
