@@ -170,6 +170,15 @@ def distill(
     return Distillation(tuple(losses), time.monotonic() - start)
 
 
+def check_match(model: nn.Module, match: str | Sequence[str] | None, batch: Batch) -> None:
+    """Raise ValueError for globs that `distill` will refuse, before this model is compressed."""
+    matched = _matched_modules(model, model, match)
+    if match:
+        loss_of = DistillationLoss(model, model, matched, task_loss=0.0, must_match=True)
+        with evaluating(model), torch.no_grad():
+            loss_of(batch)
+
+
 def _matched_modules(model: nn.Module, original: nn.Module, match: str | Sequence[str] | None) -> list[str]:
     others = full_names(original)
     names = block_names(model) if match is None else full_names(model)
