@@ -67,6 +67,13 @@ def _sync(place: Path) -> None:
         os.close(number)
 
 
+def check_folder(path: str | Path, argument: str) -> None:
+    """Raise ValueError for a path that cannot be a folder, since it or one above it is a file."""
+    place = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{argument} {path} cannot be a folder: {place} is a file")
+
+
 def cache_folder() -> Path:
     """Return the folder of what this machine computes once: $EINLINEAR_CACHE, by default ~/.cache/einlinear."""
     return Path(os.environ.get("EINLINEAR_CACHE") or "~/.cache/einlinear").expanduser().absolute()

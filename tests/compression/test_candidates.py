@@ -73,6 +73,16 @@ def test_other_budgets_share_what_is_known(tmp_path: Path, monkeypatch: pytest.M
         compress(copy.deepcopy(model), 0.4, ["low_rank"], data, cache_dir=shared, shared_cache_dir=shared)
 
 
+@pytest.mark.parametrize("argument", ["cache_dir", "shared_cache_dir"])
+@pytest.mark.parametrize("inside", ["", "cache"])
+def test_a_file_in_the_place_of_a_cache(argument: str, inside: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = nn.Sequential(nn.Linear(24, 24))
+    model.register_forward_hook(lambda *_: pytest.fail("the model is run first"))
+    with pytest.raises(ValueError, match=rf"^{argument} .*file.* cannot be a folder: .*file is a file$"):
+        compress(model, 0.4, ["low_rank"], [torch.randn(64, 24)], **{argument: tmp_path / "file" / inside})
+
+
 def test_members_of_families() -> None:
     ranks = [s.spec for s in members("low_rank", 64, 32)]
     assert len(ranks) == len(set(ranks)) > 10

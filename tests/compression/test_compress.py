@@ -346,6 +346,20 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
         compress(trained(), 0.5, ["low_rank", "monarch"], [inputs()], cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("count", ["params", "bytes"])
+def test_the_global_generator_is_left_alone(count: str) -> None:
+    state, results = torch.get_rng_state(), []
+    for seed in (1, 2):
+        model = trained()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        compress(model, 0.5, ["low_rank", "monarch"], [inputs()], count=count)
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(model(inputs()))
+    assert torch.equal(*results)
+    torch.set_rng_state(state)
+
+
 def test_progress_from_the_first_second() -> None:
     """Before anything is computed, then batch by batch, then layer by layer."""
     calls: list[tuple[str, int, int]] = []

@@ -12,7 +12,9 @@ from torch import nn
 
 import einlinear as el
 from einlinear.compression import layer_timing
-from einlinear.compression.layer_timing import SpeedUp, _Stack, interleaved_seconds
+from einlinear.compression.layer_timing import LayerTimer, SpeedUp, _Stack, interleaved_seconds
+from einlinear.compression.resume_cache import ResumeCache
+from einlinear.compression.time_budget import TimeBudget
 from einlinear.nn import QuantizedLinear
 
 
@@ -116,6 +118,20 @@ def by_macs(factor: Callable[[str], float] = lambda spec: 1.0) -> Callable[[str,
 def seconds_of(model: nn.Module, seconds: Callable[[str, nn.Module, int], float]) -> float:
     layers = [layer for layer in model if isinstance(layer, el.Linear | nn.Linear)]
     return sum(seconds("dense", layer, 1) for layer in layers)
+
+
+def test_layers_are_timed_when_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = pretend(monkeypatch, by_macs())
+    layers = {name: layer for name, layer in net().named_children() if isinstance(layer, nn.Linear)}
+    timer = LayerTimer(layers, (1,), ResumeCache(None, {}, ""), lambda done: None)
+    budget = TimeBudget(0.5, layers, ["low_rank"], timer)
+    assert not timed
+    budget.measure_costs()
+    count = len(timed)
+    assert count >= 3 * (4 + 3)
+    budget.check()
+    assert budget.largest == budget.total // 2
+    assert len(timed) == count
 
 
 @pytest.mark.parametrize("budget", [0.8, 0.5, 0.3])
@@ -245,7 +261,7 @@ def test_every_call_takes_other_memory(dtype: torch.dtype) -> None:
     assert large.weight.data_ptr() == at
 
 
-def test_stored_weights_are_timed() -> None:
+def test_quantized_weights_are_timed() -> None:
     layers = {"dense": nn.Linear(64, 64, bias=False)}
     layers |= {p: QuantizedLinear(64, 64, "dense", False, precision=p) for p in ("bfloat16", "int4(group=64)")}
     assert all(seconds > 0 for seconds in interleaved_seconds(layers, 2, 2**16).values())

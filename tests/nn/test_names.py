@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.lab.data.samples import needs
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -78,6 +79,40 @@ def test_none_is_all_and_globs_match_whole_names(function: Callable[..., list[st
         function(build(function), layers="odule.*")
     with pytest.raises(TypeError, match="layers must be a glob such as"):
         function(build(function), layers=3)
+
+
+def with_peft(function: Callable[..., list[str]]) -> nn.Module:
+    """The same with an adapter of peft on the last layer."""
+    from peft import LoraConfig, get_peft_model
+
+    from einlinear.integrations import peft as lora
+
+    config = LoraConfig(r=2, target_modules=["last"], init_lora_weights=False)
+    return get_peft_model(build(function), lora.register(config) if function is densified else config)  # type: ignore[arg-type]
+
+
+@needs("peft")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_adapters_of_peft_do_not_change_names(function: Callable[..., list[str]]) -> None:
+    model = with_peft(function)
+    assert function(model, layers=["module.1.*"]) == ["module.1.0", "module.1.2"]
+    y = model(X)
+    if function is densified:
+        assert function(model, layers="last") == ["last"]
+        torch.testing.assert_close(model(X), y)
+        torch.testing.assert_close(model.merge_and_unload()(X), y)  # type: ignore[operator]
+        return
+    # merged into a structured layer, an adapter would be lost without an error
+    with pytest.raises(ValueError, match=r"last:? has adapters of peft, .*call merge_and_unload\(\) first"):
+        function(model, layers="last")
+    with pytest.raises(ValueError, match=r"last\.lora_A\.default:? is a part of an adapter of peft"):
+        function(model, layers="last.lora_A.default")
+    assert function(with_peft(function)) == ALL[:-1]
+
+
+def test_modules_that_are_called_as_wrappers_call_theirs() -> None:
+    model = nn.ModuleDict({"model": nn.ModuleDict({"base_layer": nn.Linear(16, 16)})})
+    assert converted(model) == ["model.base_layer"]
 
 
 def test_layers_that_share_factors_are_densified_together() -> None:

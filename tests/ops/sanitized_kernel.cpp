@@ -89,11 +89,11 @@ static void one_matrix(const Index* numbers, Index n, const std::vector<int>& co
 
 // Forward with factors of random formats, compared with the same factors in the type of arithmetic; codes if `matrices`.
 template <class S>
-static void stored_factors(const Index* numbers, bool matrices, Index n, const std::vector<int>& counts) {
+static void quantized_factors(const Index* numbers, bool matrices, Index n, const std::vector<int>& counts) {
     Program p(numbers);
     std::vector<std::vector<uint8_t>> data;
     std::vector<std::vector<BFloat16>> scales;
-    std::vector<StoredFactor> stored;
+    std::vector<QuantizedFactor> quantized;
     std::vector<std::vector<Arithmetic<S>>> expanded;
     std::vector<Arithmetic<S>*> pointers;
     for (auto& s : p.steps) {
@@ -108,7 +108,7 @@ static void stored_factors(const Index* numbers, bool matrices, Index n, const s
         for (BFloat16& scale : scales.back()) scale = BFloat16(1 + generator() % 9);
         if (bits == 16)
             for (Index i = 0; i < s.entries(); i++) halves[i] = BFloat16(generator() % 9 - 4.f);
-        stored.push_back({data.back().data(), scales.back().data(), bits, group, groups, row_bytes});
+        quantized.push_back({data.back().data(), scales.back().data(), bits, group, groups, row_bytes});
         // bit by bit, by the definition of the format
         expanded.emplace_back(s.entries());
         for (Index i = 0; i < s.entries(); i++) {
@@ -133,9 +133,9 @@ static void stored_factors(const Index* numbers, bool matrices, Index n, const s
                            (Arithmetic<S>*)nullptr, n, 1);
     for (int threads : counts) {
         Array<S> y(n * p.out_features, false);
-        forward(p, stored.data(), x.values.data(), bias.values.data(), y.values.data(), (Arithmetic<S>*)nullptr, n,
+        forward(p, quantized.data(), x.values.data(), bias.values.data(), y.values.data(), (Arithmetic<S>*)nullptr, n,
                 threads);
-        same(y.values, std::vector<S>(wide_y.begin(), wide_y.end()), "output of stored factors", threads, n);
+        same(y.values, std::vector<S>(wide_y.begin(), wide_y.end()), "output of quantized factors", threads, n);
     }
 }
 
@@ -263,10 +263,10 @@ int main(int count, char** arguments) {
         std::vector<Index> long_rows = dense(1029, 21);
         for (Index n : {1, 3, 7, 15, 33}) {
             const bool matrices = programs % 8 >= 4;
-            if (programs % 4 == 0) stored_factors<double>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 1) stored_factors<float>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 2) stored_factors<BFloat16>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 3) stored_factors<float>(long_rows.data(), true, n, threads);
+            if (programs % 4 == 0) quantized_factors<double>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 1) quantized_factors<float>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 2) quantized_factors<BFloat16>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 3) quantized_factors<float>(long_rows.data(), true, n, threads);
         }
         if (programs % 4 == 0) blocks<double>(numbers.data(), 19, threads);
         if (programs % 4 == 1) blocks<float>(numbers.data(), 35, threads);

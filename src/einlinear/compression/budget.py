@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -39,7 +39,6 @@ class Budget:
 
     Attributes:
         members: structures by layer and family.
-        total, largest: the cost of the dense layers, and the fraction of it that may be spent.
     """
 
     count = "params"
@@ -58,12 +57,23 @@ class Budget:
         self._timer, self._only_if_faster = timer, only_if_faster
         self._alone = [family for family in families if family not in (NARROW, UNIFORM)]
         self.members = {n: {f: [*members(f, *features(layer))] for f in self._alone} for n, layer in layers.items()}
-        self.total = sum(map(self.dense_cost, layers))
-        self.largest = int(fraction * self.total)
 
     @staticmethod
     def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:
         """Raise ValueError for options of `compress` that do not go with this kind of budget."""
+
+    def measure_costs(self) -> None:
+        """Measure what a subclass counts, if it does not follow from sizes alone."""
+
+    @cached_property
+    def total(self) -> int:
+        """Cost of the dense layers."""
+        return sum(map(self.dense_cost, self._layers))
+
+    @property
+    def largest(self) -> int:
+        """The most that may be spent: the fraction of the total."""
+        return int(self._fraction * self.total)
 
     def costs(self, name: str) -> dict[str, int]:
         """Return the least cost of a layer as "dense" and in every structure, by spec."""

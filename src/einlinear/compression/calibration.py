@@ -30,7 +30,7 @@ from einlinear.nn.dense_layers import features, weight_matrix
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**28
 # tokens for each input feature after which a layer's moments change little
-_ENOUGH = 64
+_TOKENS_PER_INPUT_TO_FIT = 64
 # columns of a second moment that are computed at a time, of which those above the diagonal are left out
 _PANEL = 256
 
@@ -43,7 +43,7 @@ class Calibration:
         self.layers, self.stages, self.heads = selection.layers, selection.stages, selection.heads
 
     def statistics(
-        self, stages: Sequence[Stage], compressed: Passes | None = None, enough: int = _ENOUGH
+        self, stages: Sequence[Stage], compressed: Passes | None = None, enough: int = _TOKENS_PER_INPUT_TO_FIT
     ) -> Iterator[tuple[str, Callable[[], InputStatistics]]]:
         """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models.
 

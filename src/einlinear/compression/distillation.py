@@ -19,6 +19,7 @@ from einlinear.compression.distillation_loss import DistillationLoss, block_name
 from einlinear.compression.lora import temporary_lora
 from einlinear.compression.resume_cache import digest_of
 from einlinear.conversion import convert
+from einlinear.files import check_folder
 from einlinear.mup import Muon, param_groups
 from einlinear.nn import GatedExperts, QuantizedLinear
 from einlinear.nn.linear import Factored
@@ -127,6 +128,8 @@ def distill(
         raise ValueError(f"train must be {', '.join(map(repr, TRAIN[:-1]))} or {TRAIN[-1]!r}, not {train!r}")
     if adapter_rank < 1:
         raise ValueError(f"adapter_rank must be at least 1, not {adapter_rank}")
+    if folder is not None:
+        check_folder(folder, "folder")
     matched = _matched_modules(model, original, match)
     config = {"steps": steps, "lr": lr, "optimizer": optimizer, "match": matched, "task_loss": task_loss}
     config |= {"weight_decay": weight_decay, "warmup": warmup, "clip": clip, "seconds": seconds}
@@ -165,6 +168,15 @@ def distill(
         if folder is not None:
             rounding.save(Path(folder), losses, {"config": config, "seconds": time.monotonic() - start})
     return Distillation(tuple(losses), time.monotonic() - start)
+
+
+def check_match(model: nn.Module, match: str | Sequence[str] | None, batch: Batch) -> None:
+    """Raise ValueError for globs that `distill` will refuse, before this model is compressed."""
+    matched = _matched_modules(model, model, match)
+    if match:
+        loss_of = DistillationLoss(model, model, matched, task_loss=0.0, must_match=True)
+        with evaluating(model), torch.no_grad():
+            loss_of(batch)
 
 
 def _matched_modules(model: nn.Module, original: nn.Module, match: str | Sequence[str] | None) -> list[str]:

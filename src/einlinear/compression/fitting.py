@@ -49,7 +49,7 @@ def fit_layers(
                 old, choice = calibrated.layers[name], chosen[name]
                 cached = results.cached(name, len(fitted), statistics)
                 compute = partial(_fit, old, choice, results.damping, partial(metric, name))
-                fitted[name] = cached(choice.label, compute, partial(_fitted_layer, old, choice), True)
+                fitted[name] = cached(choice.label, compute, partial(_fitted_layer, old, choice), tensors=True)
         names = [name for stage in group for name in stage.names if name in fitted]
         new = {name: in_full_size(calibrated.layers[name], fitted[name].layer, chosen[name]) for name in names}
         for name in names:

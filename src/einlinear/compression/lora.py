@@ -29,10 +29,14 @@ def temporary_lora(model: nn.Module, rank: int) -> Iterator[dict[str, Adapter]]:
     """
     adapters, owners = dict[str, Adapter](), owners_of(model)
     layers = {n: layer for n, layer in linear_layers(model).items() if reason_to_skip(layer) is None}
-    for name, layer in layers.items():
-        if layer.weight.requires_grad and len(owners[id(layer.weight)]) == 1:
-            size, place = features(layer), {"device": layer.weight.device, "dtype": layer.weight.dtype}
-            adapters[name] = Adapter(*size, f"low_rank(rank={min(rank, *size)})", **place)
+    # the same numbers in every call, drawn on the CPU, and none of the user's
+    with torch.random.fork_rng(()):
+        torch.default_generator.manual_seed(0)
+        for name, layer in layers.items():
+            if layer.weight.requires_grad and len(owners[id(layer.weight)]) == 1:
+                size, weight = features(layer), layer.weight
+                adapter = Adapter(*size, f"low_rank(rank={min(rank, *size)})", device="cpu", dtype=weight.dtype)
+                adapters[name] = adapter.to(weight.device)
 
     def add(name: str, x: Any, output: Tensor) -> Tensor:
         product: Tensor = adapters[name](x)

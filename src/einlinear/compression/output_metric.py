@@ -27,7 +27,7 @@ from einlinear.ops.reference import einsum
 from einlinear.structures import Structure
 
 # gradients for each output feature or for a diagonal, the most batches, and the most entries that are projected of each
-_ENOUGH, _ENOUGH_FOR_DIAGONAL, _BATCHES, _ENTRIES = 16, 1024, 12, 2**19
+_GRADIENTS_PER_OUTPUT, _GRADIENTS_FOR_DIAGONAL, _BATCHES, _ENTRIES = 16, 1024, 12, 2**19
 # of the mean variance, for the directions that few gradients say little of
 _DAMPING = 1e-2
 
@@ -197,7 +197,7 @@ def _is_full(layer: Any) -> bool:
 
 
 def _enough(layer: Any) -> int:
-    return _ENOUGH * features(layer)[1] if _is_full(layer) else _ENOUGH_FOR_DIAGONAL
+    return _GRADIENTS_PER_OUTPUT * features(layer)[1] if _is_full(layer) else _GRADIENTS_FOR_DIAGONAL
 
 
 @torch.no_grad()

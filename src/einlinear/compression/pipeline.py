@@ -27,7 +27,8 @@ from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
 from einlinear.compression.narrowing import NARROW, UNIFORM, Removal, check_narrow, module_candidates, removal
 from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, metric_of
-from einlinear.compression.resume_cache import LayerResults, ResumeCache, digest_of
+from einlinear.compression.resume_cache import LayerResults, ResumeCache, check_cache_folders, digest_of
+from einlinear.compression.rng_state import preserved_rng_state
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
@@ -41,9 +42,10 @@ from einlinear.nn.quantized_linear import QuantizedLinear
 # what `count` counts
 _BUDGETS: dict[str, type[Budget]] = {b.count: b for b in (Budget, MacsBudget, ByteBudget, TimeBudget)}
 # tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
-_ENOUGH = 16
+_TOKENS_PER_INPUT_TO_COMPARE = 16
 
 
+@preserved_rng_state()
 def compress(
     model: nn.Module,
     budget: float,
@@ -118,8 +120,7 @@ def compress(
         raise ValueError(f"embeddings are compressed with count='params' only, not {count!r}: {reason}")
     batches = _check_arguments(model, budget, families, calibration, count, damping)
     is_cached = cache_dir is not None or shared_cache_dir is not None
-    if is_cached and cache_dir == shared_cache_dir:
-        raise ValueError(f"cache_dir and shared_cache_dir are both {cache_dir}: give two folders")
+    check_cache_folders(cache_dir, shared_cache_dir)
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
@@ -145,14 +146,15 @@ def compress(
             timer = LayerTimer(linear.layers, TOKENS if tokens is None else (tokens,), results, report_timing)
             report_progress("looking at the model", 1, 1)
             total_budget = kind(budget, dense, families, timer, only_if_faster)
+            total_budget.measure_costs()
             if not blocks:
                 total_budget.check()
 
             # 1. calibrate
-            passes = None
+            original_passes = None
             if batches is not None:
-                passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
-            calibrated = Calibration(passes, selection, partial(report_progress, "collecting inputs"))
+                original_passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
+            calibrated = Calibration(original_passes, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
             probe = None if batches is None else SensitivityProbe(model, batches, selection.heads)
@@ -217,7 +219,7 @@ def _compare(
     sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
     candidates: dict[str, list[LayerCandidate]] = {}
     consumers, removals = {inner.consumer: inner for inner in blocks}, dict[str, Removal]()
-    for name, statistics in calibrated.statistics(calibrated.stages, enough=_ENOUGH):
+    for name, statistics in calibrated.statistics(calibrated.stages, enough=_TOKENS_PER_INPUT_TO_COMPARE):
         layer, cached = calibrated.layers[name], results.cached(name, len(candidates), statistics)
         components = _components(layer, partial(metric, name))
         if probe is not None:

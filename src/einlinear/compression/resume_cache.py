@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.scratch_files import copy_in_file
-from einlinear.files import read_json, write_json
+from einlinear.files import check_folder, read_json, write_json
 
 T = TypeVar("T")
+
+
+def check_cache_folders(cache_dir: str | Path | None, shared_cache_dir: str | Path | None) -> None:
+    """Raise ValueError for arguments of `compress` that cannot be two folders."""
+    if cache_dir is not None and cache_dir == shared_cache_dir:
+        raise ValueError(f"cache_dir and shared_cache_dir are both {cache_dir}: give two folders")
+    for argument, folder in (("cache_dir", cache_dir), ("shared_cache_dir", shared_cache_dir)):
+        if folder is not None:
+            check_folder(folder, argument)
 
 
 class ResumeCache:
@@ -47,7 +56,7 @@ class ResumeCache:
         return True
 
     def get_or(
-        self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, tensors: bool = False
+        self, key: str, compute: Callable[[], Any], decode: Callable[[Any], T] = lambda x: x, *, tensors: bool = False
     ) -> T:
         """Read, or compute and write, JSON of a key, or with `tensors` a pair of tensors and JSON, and decode it.
 
@@ -116,7 +125,13 @@ class LayerResults:
     def cached(self, layer: str, done: int, collect: Callable[[], InputStatistics]) -> Callable[..., Any]:
         """Return `ResumeCache.get_or` for functions of a layer's inputs and their damped second moment."""
 
-        def get_or(content: str, compute: Callable[[InputStatistics, Tensor], Any], *how: Any) -> Any:
+        def get_or(
+            content: str,
+            compute: Callable[[InputStatistics, Tensor], Any],
+            decode: Callable[[Any], Any] = lambda x: x,
+            *,
+            tensors: bool = False,
+        ) -> Any:
             def record() -> Any:
                 inputs = collect()
                 self.report(done)
@@ -126,7 +141,7 @@ class LayerResults:
                     advice = f"give more calibration data, or a larger damping than {self.damping:g}"
                     raise ValueError(f"{layer} cannot be fitted to its inputs: {error}; {advice}") from error
 
-            return self.cache.get_or(f"{content} of {layer}", record, *how)
+            return self.cache.get_or(f"{content} of {layer}", record, decode, tensors=tensors)
 
         return get_or
 

@@ -63,7 +63,7 @@ class Sensitivity:
 # of the dense parameters
 _SHARES = (0.05, 0.25, 0.6)
 # tokens after which the change of the output is known well enough
-_ENOUGH = 256
+_TOKENS_TO_MEASURE_CHANGE = 256
 
 UNKNOWN = Sensitivity(((1.0, 1.0),))
 
@@ -148,7 +148,7 @@ class SensitivityProbe:
             del original, values
             reached += calls > before
             # two batches that call the layer are enough, or many tokens
-            if reached == 2 or tokens >= _ENOUGH:
+            if reached == 2 or tokens >= _TOKENS_TO_MEASURE_CHANGE:
                 break
         change = total / max(size, 1e-30)
         # NaN and infinity count as a large change
@@ -184,7 +184,7 @@ def _first_samples(model: nn.Module, batch: Batch) -> Batch:
     if any(not tensor.dim() or len(tensor) != size for tensor in tensors):
         return batch
     whole = model_output(model, batch)
-    first = -(-_ENOUGH * size // max(len(whole.values), 1))
+    first = -(-_TOKENS_TO_MEASURE_CHANGE * size // max(len(whole.values), 1))
     if first >= size:
         return batch
     part = tree_map_only(Tensor, lambda tensor: tensor[:first], batch)

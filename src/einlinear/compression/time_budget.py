@@ -44,6 +44,11 @@ class TimeBudget(Budget):
         if not {NARROW, UNIFORM}.isdisjoint(families):
             raise ValueError("'narrow' has no budget of time: give count='params', 'macs' or 'bytes'")
 
+    def measure_costs(self) -> None:
+        """Time the dense layers, and a few structures of every size."""
+        for name in self._layers:
+            self._seconds(name)
+
     def costs(self, name: str) -> dict[str, int]:
         """Return the nanoseconds of a layer, "dense" and by spec: measured ones, and for the others interpolated."""
         costs = self._measured_costs(name)

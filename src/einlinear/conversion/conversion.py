@@ -66,7 +66,7 @@ def convert(
         model: any module that has linear layers inside.
         structure: of all matched layers; or glob on qualified names -> structure, where the first match counts. Globs
             (fnmatch) match whole names: "*.attn.*" matches "blocks.0.attn.q" but not "attn.q"; "*attn.*" matches both.
-            Names are those without wrappers such as that of `torch.compile`.
+            Names are those without wrappers such as those of `torch.compile` and peft.
         layers: a glob, or several, on qualified names: which linear layers to convert. None: all.
         exclude: a glob, or several: which of these to leave out.
         weights: "init" draws new factors and sets biases to zero, except for a layer whose weight is zero, which keeps

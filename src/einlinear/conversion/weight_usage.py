@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from einlinear.conversion.replacement import linear_layers
 from einlinear.nn.lazy_tensor import METADATA, METADATA_NAMES
 from einlinear.nn.model_call import Batch, call, evaluating, patched, uncompiled
-from einlinear.nn.names import plain_modules
+from einlinear.nn.names import is_of_peft, plain_modules
 
 # by class: layers that are called in a rare case only, and whose weight is read otherwise
 _MOSTLY_READ = {"FalconMambaMixer": {"dt_proj"}, "JambaMambaMixer": {"dt_proj"}}
@@ -32,7 +32,7 @@ _ATTRIBUTES = re.compile(r"\bself\.(\w+)(?:\.(\w+))?(?:\.(\w+))?( = )?")
 
 
 def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) -> dict[int, str]:
-    """Return why structured layers would save nothing, by the id of the layer that one would replace.
+    """Return why structured layers would save nothing or break adapters, by the id of the layer to replace.
 
     The source code answers for layers that the batches do not reach.
     """
@@ -46,6 +46,18 @@ def uncalled_layers(model: nn.Module, batches: Iterable[Batch] | None = None) ->
             reasons[key] = f"is called, but {above} also computes with its weight, which would be built every time"
         elif key in read or (key in only_read and key not in called):
             reasons[key] = f"is never called: {above} computes with its weight itself, so nothing would be saved"
+    return reasons | _used_by_peft(model)
+
+
+def _used_by_peft(model: nn.Module) -> dict[int, str]:
+    """Return the layers with adapters of peft, whose merge writes to the dense weight, and parts of adapters."""
+    reasons: dict[int, str] = {}
+    for adapted in (module for module in model.modules() if is_of_peft(module, "BaseTunerLayer")):
+        reasons |= {id(part): "is a part of an adapter of peft" for part in adapted.modules()}
+        advice = "call merge_and_unload() first, or change the model before get_peft_model"
+        base = getattr(adapted, "base_layer", None)
+        parts = base.modules() if isinstance(base, nn.Module) else ()
+        reasons |= {id(part): f"has adapters of peft, which are merged into its weight: {advice}" for part in parts}
     return reasons
 
 

@@ -9,6 +9,15 @@ from torch import nn
 
 T = TypeVar("T")
 
+# what torch.compile, FSDP1 and activation checkpointing put into names
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# the same of peft, by the classes that do so: of models with adapters, of methods, and of layers with adapters
+_OF_PEFT = {
+    "base_model": ("PeftModel", "PeftMixedModel"),
+    "model": ("BaseTuner",),
+    "base_layer": ("BaseTunerLayer",),
+}
+
 
 def plain_modules(model: nn.Module, remove_duplicate: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Iterate like `named_modules` over names without prefixes of wrappers, by default over all names of a module.
@@ -29,15 +38,23 @@ def full_names(model: nn.Module) -> dict[str, str]:
 
 def _walk(model: nn.Module, name: str, full: str) -> Iterator[tuple[str, str, nn.Module]]:
     yield name, full, model
-    # a user's own layer may be called "module" too: only these two put it into names
-    parallel = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
     for part, child in model._modules.items():
         if child is not None:
-            # torch.compile, FSDP1, activation checkpointing
-            wrapped = part in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-            wrapped |= parallel and part == "module"
-            below = name if wrapped else f"{name}.{part}".lstrip(".")
+            below = name if _is_wrapped(model, part) else f"{name}.{part}".lstrip(".")
             yield from _walk(child, below, f"{full}.{part}".lstrip("."))
+
+
+def _is_wrapped(parent: nn.Module, part: str) -> bool:
+    # a user's own layer may be called "module" or "model" too
+    if part == "module":
+        return isinstance(parent, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    return part in _WRAPPED or is_of_peft(parent, *_OF_PEFT.get(part, ()))
+
+
+def is_of_peft(module: nn.Module, *names: str) -> bool:
+    """Return whether a module is of a class of peft with one of these names, or of a subclass."""
+    classes = type(module).__mro__ if names else ()
+    return any(c.__name__ in names and c.__module__.startswith("peft.") for c in classes)
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from einlinear.nn.layer_descriptions import STRUCTURED, VECTOR, LayerInfo
 from einlinear.nn.lazy_weight import LazyWeight
 from einlinear.nn.linear import Linear
-from einlinear.ops.cpu import stored_path
+from einlinear.ops.cpu import quantized_path
 from einlinear.ops.factor_matrices import as_matrices, from_matrices
 from einlinear.ops.integer_format import SCALE_DTYPE, IntegerFormat
 from einlinear.structures import Factor, Structure
@@ -119,19 +119,19 @@ class QuantizedLinear(Linear):
         call = self._find_call(x)
         if isinstance(call, str):
             return super().multiply(x)
-        return stored_path.forward(call, self._stored(), x, self._parameters["bias"])
+        return quantized_path.forward(call, self._quantized(), x, self._parameters["bias"])
 
     def reason_to_expand(self, x: Tensor) -> str | None:
         """Return why a call expands the factors in memory, or None if the kernel reads them as they are stored."""
         call = self._find_call(x)
         return call if isinstance(call, str) else None
 
-    def _find_call(self, x: Tensor) -> stored_path.StoredCall | str:
+    def _find_call(self, x: Tensor) -> quantized_path.QuantizedCall | str:
         if type(x) is not Tensor or x.dtype is not self.dtype or "bias" not in self._parameters:
             return "the input is not a plain tensor of the layer's dtype, or the bias is parametrized"
-        return stored_path.find(self.structure, self.formats, self._stored(), x, self._parameters["bias"])
+        return quantized_path.find(self.structure, self.formats, self._quantized(), x, self._parameters["bias"])
 
-    def _stored(self) -> list[Tensor]:
+    def _quantized(self) -> list[Tensor]:
         """Return the codes and scales of the factors, or their numbers of bfloat16."""
         own = self._buffers
         return [own[name] for name in self._names if name in own]  # type: ignore[misc]

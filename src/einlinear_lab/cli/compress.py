@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from einlinear.files import lock
+from einlinear.files import check_folder, lock
 from einlinear_lab.cli import display
 from einlinear_lab.cli.packages import PRETRAINED, require
-from einlinear_lab.cli.parsing import parse_bytes, specs, words
+from einlinear_lab.cli.parsing import parse_bytes, parse_dtype, specs, words
 
 # files that are not copied and are listed
 _SHOWN = 10
@@ -39,10 +39,10 @@ def compress_command(
     embeddings: list[str] | None = None,
     distill: _NonNegative = 0.0,
     lr: Annotated[float | None, typer.Option(min=0.0)] = None,
-    optimizer: str = "muon",
+    optimizer: str | None = None,
     match: list[str] | None = None,
-    train: str = "all",
-    adapter_rank: _Count = 16,
+    train: str | None = None,
+    adapter_rank: Annotated[int | None, typer.Option(min=1)] = None,
     sequential: bool = True,
     only_if_faster: Annotated[bool, typer.Option("--only-if-faster")] = False,
     dtype: str = "auto",
@@ -73,15 +73,16 @@ def compress_command(
             one. Default: none.
         distill: Minutes of training towards the original's outputs. Quantised weights stay as they are.
         lr: Learning rate of --distill. Default: 1e-3 for Muon, 3e-4 for AdamW.
-        optimizer: Of --distill: muon, for matrices and factors, with AdamW for the rest; or adamw.
+        optimizer: Of --distill: muon, for matrices and factors, with AdamW for the rest; or adamw. Default: muon.
         match: Globs on the modules whose outputs --distill matches, besides the model's, separated by ','; may be
             repeated; or none. Default: the blocks.
         train: What --distill trains: all; structured, only structured layers; or adapters, structured layers, and
             low-rank additions to the dense ones, which are merged into their weights. The last two save memory.
-        adapter_rank: Rank of these additions.
+            Default: all.
+        adapter_rank: Rank of these additions. Default: 16.
         sequential: Fit each layer on the outputs of the compressed layers before it, or on the original's inputs.
         only_if_faster: Leave layers dense that would be slower here, for --tokens at once.
-        dtype: Of the parameters: auto, float32, bfloat16, float16.
+        dtype: Of the parameters: auto, float32, bfloat16, float16; or fp32, bf16, fp16.
         device: That the model runs on: cpu, cuda, ...
         max_memory: The most memory to hold, such as 2GB, for a model that is larger: on Linux and a CPU, in the dtype
             of its files. Without it, the system decides which weights stay in memory.
@@ -93,7 +94,7 @@ def compress_command(
 
     from einlinear import compression
     from einlinear.compression.candidates import DEFAULT_FAMILIES
-    from einlinear.compression.distillation import LEARNING_RATES, TRAIN
+    from einlinear.compression.distillation import LEARNING_RATES, TRAIN, check_match
     from einlinear.compression.pipeline import budget_kind
     from einlinear_lab.bench.generation_speed import model_speeds
     from einlinear_lab.pretrained.documents import read_documents, text_batches
@@ -108,12 +109,18 @@ def compress_command(
         with display.user_errors():
             families = specs(structures) or DEFAULT_FAMILIES
             budget_kind(count, families, tokens, only_if_faster)
-            if train not in TRAIN:
+            if train is not None and train not in TRAIN:
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
-            if optimizer not in LEARNING_RATES:
+            if optimizer is not None and optimizer not in LEARNING_RATES:
                 raise ValueError(f"--optimizer must be one of {', '.join(LEARNING_RATES)}, not {optimizer!r}")
             if lr is not None and not 0 < lr < math.inf:
                 raise ValueError(f"--lr must be a positive number, not {lr:g}")
+            of_distillation = {"--lr": lr, "--optimizer": optimizer, "--match": match, "--train": train}
+            of_distillation["--adapter-rank"] = adapter_rank
+            if not distill and (given := [option for option, value in of_distillation.items() if value is not None]):
+                raise ValueError(f"{', '.join(given)} without --distill: give its minutes, as in --distill 10")
+            config["dtype"] = parse_dtype(dtype, "--dtype")
+            check_folder(out, "--out")
             if out.exists() and not unfinished.exists():
                 raise ValueError(f"{out} exists: name a folder that does not")
             if Path(model).is_dir() and out.resolve().is_relative_to(Path(model).resolve()):
@@ -136,7 +143,7 @@ def compress_command(
                 raise ValueError(f"{out} exists: name a folder that does not")
             if most is not None:
                 stack.enter_context(limited_memory(most))
-            compressed, tokenizer = load(model, dtype, device)
+            compressed, tokenizer = load(model, config["dtype"], device)
             if most is not None and (names := unmapped_weights(compressed)):
                 wrong = f"--max-memory needs weights that stay in their files, but {names[0]} does not"
                 raise ValueError(f"{wrong}: give --dtype auto, and safetensors that from_pretrained does not convert")
@@ -147,6 +154,9 @@ def compress_command(
                 documents = read_documents(calibration, tokenizer)
                 display.note(f"Calibration: {documents.origin}.")
                 batches = text_batches(compressed, tokenizer, documents, samples, max_length, batch_size)
+            globs = words(",".join(match)) if match else None
+            if distill and batches is not None:
+                check_match(compressed, globs, batches[0])
             # the two models share tensors, unless one of them is trained
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
@@ -157,20 +167,11 @@ def compress_command(
                 report = compression.compress(compressed, budget, families, batches, **options)
             if distill and calibration is not None:
                 texts = text_batches(compressed, tokenizer, documents, 10**6, max_length, batch_size)
+                optimizer = optimizer or "muon"
                 rate = LEARNING_RATES[optimizer] if lr is None else lr
                 folder = unfinished / f"distillation of {distill:g} minutes by {optimizer} at {rate:g}"
-                options = {
-                    "steps": 10**9,
-                    "lr": rate,
-                    "optimizer": optimizer,
-                    "seconds": 60 * distill,
-                    "folder": folder,
-                }
-                options |= {
-                    "match": words(",".join(match)) if match else None,
-                    "train": train,
-                    "adapter_rank": adapter_rank,
-                }
+                options = {"steps": 10**9, "lr": rate, "optimizer": optimizer, "match": globs, "train": train or "all"}
+                options |= {"adapter_rank": adapter_rank or 16, "seconds": 60 * distill, "folder": folder}
                 with display.steps() as advance:
                     options["progress"] = lambda done, _, loss: advance("distillation", done, None)
                     distillation = compression.distill(compressed, original, texts, **options)

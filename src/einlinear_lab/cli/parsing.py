@@ -13,6 +13,12 @@ import typer
 
 from einlinear.structures.spec import is_family
 
+# names of dtypes, with the short ones
+_DTYPES = {
+    "auto": "auto",
+    **{name: name for name in ("float64", "float32", "bfloat16", "float16")},
+    **{"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
+}
 _BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Options of runs that need no value.
 FLAGS = ("--skip-broken",)
@@ -58,6 +64,13 @@ def parse_bytes(text: str, option: str) -> int:
     if match is None or not (count := round(float(match[1]) * _BYTES[match[2].upper()])):
         raise ValueError(f"{option} must be a number of MB or GB, such as 2GB, not {text!r}")
     return count
+
+
+def parse_dtype(text: str, option: str) -> str:
+    """Return the name of a dtype in torch, or "auto"."""
+    if text not in _DTYPES:
+        raise ValueError(f"{option} must be one of {', '.join(_DTYPES)}, not {text!r}")
+    return _DTYPES[text]
 
 
 def _split_at_commas(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 
 from einlinear.compression.compression_report import CompressionReport
@@ -42,11 +43,8 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
     # AssertionError: torch was built without CUDA.
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
-    # No name on the hub begins like this.
-    if str(source).startswith((".", "/")) and not Path(source).exists():
-        raise ValueError(f"there is no folder {source}")
+    root = _existing_folder(source)
     try:
-        root = _snapshot(source)
         if (root / _ADAPTER).is_file():
             raise ValueError(
                 f"{source} holds an adapter ({_ADAPTER}). Merge it into its model first and save that, with peft: "
@@ -59,8 +57,7 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
         model_class: Any = next(filter(None, classes), transformers.AutoModel)
         model = model_class.from_pretrained(source, dtype=dtype, **arguments).eval().to(place)
     except (OSError, ValueError) as error:
-        hint = "" if Path(source).exists() else "; there is no folder of this name either"
-        raise ValueError(f"{source} is not a model that transformers can load: {error}{hint}") from None
+        raise ValueError(f"{source} is not a model that transformers can load: {error}") from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
     # Without its files, every class of tokenizer raises another kind of error.
@@ -68,6 +65,21 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[
         return model, None
     # Or none, and has no words: every text would be the same.
     return model, tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
+
+
+def _existing_folder(source: str | Path) -> Path:
+    """Return the folder of a model as `_snapshot`; ValueError in one line if there is none."""
+    if Path(source).exists():
+        return Path(source)
+    missing, names = f"there is no folder {source}", "names on the hub look like owner/name"
+    # no name on the hub is like this
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise ValueError(f"{missing}; {names}")
+    try:
+        return _snapshot(source)
+    except (OSError, HFValidationError) as error:
+        reason = f"no model of this name could be fetched from the hub ({type(error).__name__})"
+        raise ValueError(f"{missing}, and {reason}; {names}") from None
 
 
 def _snapshot(source: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.lab.cli.command import assert_refused, run
+from tests.lab.cli.command import assert_refused, run, said_default
 from tests.lab.data.samples import needs, prose
 from typer.testing import CliRunner
 
@@ -347,6 +348,12 @@ def test_options_of_distillation(source: Path, text: Path, tmp_path: Path, monke
     ]
 
 
+def test_the_help_says_the_defaults_of_distillation() -> None:
+    defaults = inspect.signature(el.distill).parameters
+    for option in ("optimizer", "train", "adapter_rank"):
+        assert said_default("compress", option) == str(defaults[option].default)
+
+
 @pytest.mark.parametrize("source", ["gpt2"], indirect=True)
 def test_a_budget_of_bytes_rounds_weights(source: Path, text: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
@@ -518,6 +525,9 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
     ("change", "parts"),
     [
         ({"--count": "flops"}, ["count must be one of 'params', 'macs', 'bytes', 'time', not 'flops'"]),
+        ({"--train": "structured"}, ["--train without --distill: give its minutes, as in --distill 10"]),
+        ({"--adapter-rank": 16, "--lr": 0.1, "--distill": 0}, ["--lr, --adapter-rank without --distill"]),
+        ({"--optimizer": "muon", "--match": "none"}, ["--optimizer, --match without --distill"]),
         ({"--distill": 1, "--train": "some"}, ["--train must be one of all, structured, adapters, not 'some'"]),
         ({"--count": "time"}, ["count='time' needs tokens: the number in one call"]),
         ({"--budget": 0.001}, ["0.001 of the", "params of", "cannot be reached with low_rank, btt"]),
@@ -540,13 +550,18 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
         ({"--optimizer": "sgd"}, ["--optimizer must be one of muon, adamw, not 'sgd'"]),
         ({"--out": "model/small"}, ["is inside the model's own folder", "name a folder beside it"]),
         ({"--out": "model"}, ["exists: name a folder that does not"]),
+        ({"--out": "text.txt/out"}, ["--out", "out cannot be a folder: ", "text.txt is a file"]),
+        (
+            {"--dtype": "half"},
+            ["--dtype must be one of auto, float64, float32, ", ", bf16, fp16, not 'half'"],
+        ),
         ({"--calibration": "empty.txt"}, ["empty.txt holds no text"]),
         ({"--calibration": "none.txt"}, ["there is no file", "none.txt"]),
         ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
         ({"--embeddings": "nothing.*"}, ["embeddings: 'nothing.*' matches no embedding"]),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
-        ({"MODEL": "mistyped"}, ["there is no folder", "mistyped"]),
+        ({"MODEL": "mistyped"}, ["there is no folder", "mistyped; names on the hub look like owner/name\n"]),
         ({"MODEL": "adapter"}, ["adapter holds an adapter (adapter_config.json). Merge it into its model first"]),
         ({"MODEL": "empty"}, ["empty is not a model that transformers can load"]),
     ],
@@ -572,6 +587,48 @@ def test_mistakes(source: Path, text: Path, tmp_path: Path, change: dict[str, An
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.unfinished").exists()  # the corrected command would stumble over it
     assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["./nope", "~/nope", "a/b/nope", "nope", "owner/nope", "no pe"])
+def test_models_that_do_not_exist(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    answer = run("compress", name, "--out", "out", "--budget", 0.5)
+    assert_refused(answer, f"there is no folder {name}", "; names on the hub look like owner/name\n")
+    assert answer[2].count("\n") == 1
+    assert ("could be fetched from the hub" in answer[2]) == (name in ("nope", "owner/nope", "no pe"))
+
+
+@ONE
+@pytest.mark.parametrize(
+    ("match", "message"),
+    [
+        ("nope", "match: 'nope' matches no module of both models"),
+        ("bert.encoder.layer.0, encoder", "match: 'encoder' matches no module of both models"),
+        ("bert.encoder.layer", "match: bert.encoder.layer is never called or returns no tensor"),
+    ],
+)
+def test_what_distillation_refuses_is_refused_first(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, match: str, message: str
+) -> None:
+    from einlinear import compression
+
+    monkeypatch.setattr(compression, "compress", lambda *_, **__: pytest.fail("the model is compressed first"))
+    command = ("compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS, "--calibration", text)
+    assert_refused(run(*command, "--distill", 1, "--match", match), message)
+
+
+@ONE
+def test_short_names_of_dtypes(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    command = ("compress", source, "--out", tmp_path / "out", "--budget", 0.6, *OPTIONS[:2], "--dtype", "bf16")
+    code, _, err = run(*command)
+    assert (code, err) == (0, "")
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_models_that_take_pairs_of_texts(text: Path, tmp_path: Path) -> None:

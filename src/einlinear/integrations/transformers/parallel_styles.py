@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +34,8 @@ _TABLES: dict[str, Callable[[], Colwise | Rowwise]] = {
 _EXPERTS: dict[str, Callable[[], Colwise | Rowwise]] = {"moe_tp_experts": Colwise}
 # every device keeps the whole layer
 _WHOLE = ("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj")
+# of structured layers, for messages: transformers passes names of parameters alone, and a quantised layer may have none
+_names = WeakKeyDictionary[nn.Module, str]()
 
 
 def extend_styles() -> None:
@@ -39,6 +43,15 @@ def extend_styles() -> None:
     for name, style in [*ALL_PARALLEL_STYLES.items()]:
         if not isinstance(style, ExtendedStyle):
             ALL_PARALLEL_STYLES.register(name, ExtendedStyle(name, style))  # type: ignore[arg-type]
+
+
+def remember_names(model: nn.Module) -> None:
+    """Let errors of styles name the structured layers of a model."""
+    _names.update({module: name for name, module in model.named_modules() if _is_structured(module)})
+
+
+def _is_structured(module: nn.Module) -> bool:
+    return isinstance(module, SelfDescribing | GatedExperts)
 
 
 class ExtendedStyle(TensorParallelLayer):
@@ -58,12 +71,8 @@ class ExtendedStyle(TensorParallelLayer):
         if not self._is_ours(module):
             self.style.validate_param(module, param, mesh, parameter_name=parameter_name)
             return
-        layer = (parameter_name or "").removesuffix(f".{param}") or type(module).__name__
-        try:
+        with _naming((parameter_name or "").removesuffix(f".{param}"), module):
             check_layer(self._structured_style(module), module, mesh)
-        except (TypeError, ValueError) as error:
-            advice = f"'{_WHOLE[0]}' in tp_plan, for this layer and those that share its features, keeps them whole"
-            raise type(error)(f"{layer}: {error}. The style {advice}") from None
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         if not self._is_ours(module):
@@ -72,12 +81,13 @@ class ExtendedStyle(TensorParallelLayer):
     def install_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         if not self._is_ours(module):
             return self.style.install_forward(module, *args, **kwargs)  # type: ignore[no-any-return]
-        style, (mesh,) = self._structured_style(module), args
-        # every process has the parameters, or reads its part of them
-        return parallelize_module(module, mesh, style, src_data_rank=None)
+        with _naming(_names.get(module, ""), module):
+            style, (mesh,) = self._structured_style(module), args
+            # every process has the parameters, or reads its part of them
+            return parallelize_module(module, mesh, style, src_data_rank=None)
 
     def _is_ours(self, module: nn.Module) -> bool:
-        return isinstance(module, SelfDescribing | GatedExperts) and self.name not in _WHOLE
+        return _is_structured(module) and self.name not in _WHOLE
 
     def _structured_style(self, module: nn.Module) -> Colwise | Rowwise:
         kinds = {Embedding: _TABLES, GatedExperts: _EXPERTS}
@@ -86,3 +96,13 @@ class ExtendedStyle(TensorParallelLayer):
             allowed = ", ".join([*styles, *_WHOLE])
             raise ValueError(f"the style {self.name!r} is not for a {type(module).__name__}, but {allowed}")
         return styles[self.name]()
+
+
+@contextmanager
+def _naming(name: str, module: nn.Module) -> Iterator[None]:
+    """Add the name of a layer to errors, or its class, and what to do."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        advice = f"'{_WHOLE[0]}' in tp_plan, for this layer and those that share its features, keeps them whole"
+        raise type(error)(f"{name or type(module).__name__}: {error}. The style {advice}") from None

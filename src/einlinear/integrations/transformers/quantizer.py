@@ -63,6 +63,10 @@ class EinlinearQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = self.quantization_config.layers
         self.names = _restore(model, layers)
+        if find_spec("transformers.distributed.mixin"):
+            from einlinear.integrations.transformers.parallel_styles import remember_names
+
+            remember_names(model)
         _restore_attributes(model, self.quantization_config.attributes)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         for name, entry in layers.items():

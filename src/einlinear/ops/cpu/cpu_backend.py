@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, StoredFactor, load
+from einlinear.ops.cpu.kernel_library import DTYPES, Library, Pairs, QuantizedFactor, load
 from einlinear.ops.operands import Gradients, Operands, Routing
 from einlinear.structures import Structure
 from einlinear.structures.pattern import Axes
@@ -115,9 +115,9 @@ class Program:
 
     def __init__(self, structure: Structure, matrices: frozenset[int] = frozenset()) -> None:
         self.macs, self._sizes = structure.macs, dict(structure.sizes)
-        # the types of arrays with a pointer for each factor, or with a stored one
+        # the types of arrays with a pointer for each factor, or with a quantised one
         self.pointers = ctypes.c_void_p * len(structure.factors)
-        self.stored = StoredFactor * len(structure.factors)
+        self.quantized = QuantizedFactor * len(structure.factors)
         # of all intermediates, for one input vector
         self.intermediate_size = 0
         layouts = {

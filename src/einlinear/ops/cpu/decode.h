@@ -9,7 +9,7 @@
 #include <numeric>
 #include <vector>
 
-#include "stored.h"
+#include "quantized_factors.h"
 
 namespace {
 
@@ -166,7 +166,7 @@ static RowKind kind_of(const T*) {
     return RowKind::PLAIN;
 }
 template <class S>
-static RowKind kind_of(const StoredFactor& f) {
+static RowKind kind_of(const QuantizedFactor& f) {
     if constexpr (!std::is_same_v<S, float>) return RowKind::PLAIN;
     auto fits = [&](Index bits, Index block) { return f.bits == bits && (f.groups == 1 || f.group % block == 0); };
     if (fits(8, CodeRows<8>::BLOCK)) return RowKind::CODES8;
@@ -175,7 +175,7 @@ static RowKind kind_of(const StoredFactor& f) {
 
 // to[c L + r] = sum_k w[r][k] x[c][k] for codes from row `first` on, of `count` vectors.
 template <int Bits>
-static void dot_codes(const Step& s, const StoredFactor& f, Index b, Index first, Index rows, const float* const* x,
+static void dot_codes(const Step& s, const QuantizedFactor& f, Index b, Index first, Index rows, const float* const* x,
                       Index count, float* to) {
     constexpr int L = Simd<float>::lanes;
     CodeRows<Bits> w;
@@ -201,15 +201,15 @@ static Piece<T> piece_of(const Step& s, const T* factor, Index b, Index row, Ind
     return {factor + s.w_batch[b] + row * wm + k * wk, wk, wm};
 }
 template <class S>
-static Piece<S> piece_of(const Step& s, const StoredFactor& factor, Index b, Index row, Index rows, Index k,
+static Piece<S> piece_of(const Step& s, const QuantizedFactor& factor, Index b, Index row, Index rows, Index k,
                          Index width, S* expanded) {
     expand(s, factor, b, row, rows, k, width, expanded, EXPANDED_LD);
     return {expanded, 1, EXPANDED_LD};
 }
 
 // Numbers that `decode_step` needs: a tile of contracted and new features, and rows that are expanded.
-static Index decode_room(const Step& s, Index tokens, Index lanes, bool stored) {
-    return (s.in.features + lanes) * (tokens * s.free_size + lanes) + (stored ? lanes * EXPANDED_LD : 0);
+static Index decode_room(const Step& s, Index tokens, Index lanes, bool quantized) {
+    return (s.in.features + lanes) * (tokens * s.free_size + lanes) + (quantized ? lanes * EXPANDED_LD : 0);
 }
 
 // A thread's share of one step for a few tokens.
@@ -220,8 +220,8 @@ static void decode_step(const Step& s, const Factor& factor, Rows<const S> from,
     constexpr Index L = Simd<S>::lanes;
     const Index contracted = s.in.features, count = tokens * s.free_size, tile = (count + L - 1) / L * L;
     const Index blocks = (s.out.features + L - 1) / L;
-    constexpr bool stored = std::is_same_v<Factor, StoredFactor>;
-    bool dots = count < (contracted < LONG_ROW ? L : MOST_TOKENS + 1) && (stored || s.w_contracted_stride == 1);
+    constexpr bool quantized = std::is_same_v<Factor, QuantizedFactor>;
+    bool dots = count < (contracted < LONG_ROW ? L : MOST_TOKENS + 1) && (quantized || s.w_contracted_stride == 1);
     const RowKind kind = dots ? kind_of<S>(factor) : RowKind::PLAIN;
     S *inputs = room, *outputs = inputs + contracted * tile, *expanded = outputs + L * tile;
     const S* pieces[std::max(MOST_TOKENS, L)];
@@ -248,7 +248,7 @@ static void decode_step(const Step& s, const Factor& factor, Rows<const S> from,
                 std::fill(inputs + k * tile + count, inputs + (k + 1) * tile, S(0));
             gathered = b;
         }
-        if constexpr (stored && std::is_same_v<S, float>)
+        if constexpr (quantized && std::is_same_v<S, float>)
             if (kind == RowKind::CODES8)
                 dot_codes<8>(s, factor, b, first, rows, pieces, count, outputs);
             else if (kind == RowKind::CODES4)
@@ -261,7 +261,7 @@ static void decode_step(const Step& s, const Factor& factor, Rows<const S> from,
                 continue;
             }
             // where the next unit most often lies, but not farther than caches are patient
-            Index ahead = stored ? 0 : std::min(L * contracted, 2 * CHUNK);
+            Index ahead = quantized ? 0 : std::min(L * contracted, 2 * CHUNK);
             PlainRows<std::decay_t<decltype(*w.data)>, L> plain{{}, k, ahead};
             // beyond the last row, the last row again: its results are not used
             for (Index m = 0; m < L; m++) plain.at[m] = w.data + std::min(m, rows - 1) * w.wm;
@@ -289,9 +289,9 @@ static void decode_step(const Step& s, const Factor& factor, Rows<const S> from,
 
 // Whether a call takes this path: fewer tokens than fill a tile or, with long rows, a few more; and factors that are
 // stored, or whose matrices have constant strides.
-static bool decodes(const Program& p, Index n, Index lanes, bool stored) {
+static bool decodes(const Program& p, Index n, Index lanes, bool quantized) {
     return std::all_of(p.steps.begin(), p.steps.end(), [=](const Step& s) {
-        return (stored || s.has_strides()) && (n < lanes || (n <= MOST_TOKENS && s.in.features >= LONG_ROW));
+        return (quantized || s.has_strides()) && (n < lanes || (n <= MOST_TOKENS && s.in.features >= LONG_ROW));
     });
 }
 
@@ -300,7 +300,7 @@ static void decode(const Program& p, const Factor* factors, const T* x, const T*
     using S = Arithmetic<T>;
     Index room = 0;
     for (auto& s : p.steps)
-        room = std::max(room, decode_room(s, n, Simd<S>::lanes, std::is_same_v<Factor, StoredFactor>));
+        room = std::max(room, decode_room(s, n, Simd<S>::lanes, std::is_same_v<Factor, QuantizedFactor>));
     Buffer<S> padded(n * p.width_in), result(n * p.width_out), intermediates(2 * n * p.widest);
     // Without missing inputs the first steps read x, and without surplus outputs the last ones write to y.
     bool copies_in = widens<T> || p.width_in > p.in_features, copies_out = widens<T> || p.width_out > p.out_features;

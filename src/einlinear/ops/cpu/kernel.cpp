@@ -47,11 +47,11 @@ struct Division {
     }
 };
 
-// `factors`: pointers to numbers, or stored factors.
+// `factors`: pointers to numbers, or quantised factors.
 template <class T, class Factor, class S = Arithmetic<T>>
 static void forward(const Program& p, const Factor* factors, const T* x, const T* bias, T* y, S* saved, Index n,
                     int threads) {
-    if (!saved && decodes(p, n, Simd<S>::lanes, std::is_same_v<Factor, StoredFactor>))
+    if (!saved && decodes(p, n, Simd<S>::lanes, std::is_same_v<Factor, QuantizedFactor>))
         return decode(p, factors, x, bias, y, n, threads);
     Division<S> division(p, n, threads);
     Ends ends(p, false);
@@ -132,8 +132,8 @@ void einlinear_forward(const Index* program, const Number* const* factors, const
     if (pairs) return forward_routed<Number>(Program(program), factors, *pairs, x, bias, y, threads);
     forward(Program(program), factors, x, bias, y, saved, n, threads);
 }
-void einlinear_forward_stored(const Index* program, const StoredFactor* factors, const Number* x, const Number* bias,
-                              Number* y, Index n, int threads) {
+void einlinear_forward_quantized(const Index* program, const QuantizedFactor* factors, const Number* x,
+                                 const Number* bias, Number* y, Index n, int threads) {
     forward(Program(program), factors, x, bias, y, (Arithmetic<Number>*)nullptr, n, threads);
 }
 void einlinear_backward(const Index* program, const Number* const* factors, Number* const* dfactors, const Number* x,

@@ -36,8 +36,8 @@ class Pairs(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("tokens", "block", "experts", "active")]
 
 
-class StoredFactor(ctypes.Structure):
-    """A factor in few bits, as `StoredFactor` in stored.h says."""
+class QuantizedFactor(ctypes.Structure):
+    """A factor in few bits, as `QuantizedFactor` in quantized_factors.h says."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "scales")),
@@ -58,12 +58,12 @@ class Library:
         library = ctypes.CDLL(str(path))
         self.origin, pointer, count = origin, ctypes.c_void_p, ctypes.c_int64
         self.forward, self.backward = library.einlinear_forward, library.einlinear_backward
-        self.forward_stored = library.einlinear_forward_stored
+        self.forward_quantized = library.einlinear_forward_quantized
         self.feed_forward, self.feed_forward_backward = (
             library.einlinear_feed_forward,
             library.einlinear_feed_forward_backward,
         )
-        arguments = ((self.forward, 7), (self.forward_stored, 5), (self.backward, 9))
+        arguments = ((self.forward, 7), (self.forward_quantized, 5), (self.backward, 9))
         for function, pointers in (*arguments, (self.feed_forward, 3), (self.feed_forward_backward, 5)):
             function.argtypes, function.restype = [*[pointer] * pointers, count, ctypes.c_int], None
         self.tile = library.einlinear_tile

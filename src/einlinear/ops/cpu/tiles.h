@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "stored.h"
+#include "quantized_factors.h"
 
 namespace {
 
@@ -42,10 +42,10 @@ static std::vector<Weights<S>> all_weights(const Program& p, const T* const* fac
     return result;
 }
 
-// The same for stored factors, which are packed in any case.
+// The same for quantised factors, which are packed in any case.
 template <class S>
-static std::vector<Weights<S>> all_weights(const Program& p, const StoredFactor* factors, Index, S* packed, bool, bool,
-                                           Share mine) {
+static std::vector<Weights<S>> all_weights(const Program& p, const QuantizedFactor* factors, Index, S* packed, bool,
+                                           bool, Share mine) {
     std::vector<Weights<S>> result;
     for (auto& s : p.steps) {
         pack(s, *factors++, packed, mine);

@@ -10,7 +10,7 @@ namespace {
 
 // Codes of 2 to 8 bits as integer_format.py packs them, row by row of the matrices (batch, new, contracted), each times
 // the scale of its group of columns; or numbers of bfloat16, which have 16 bits and lie as the program says.
-struct StoredFactor {
+struct QuantizedFactor {
     const void* data;
     const BFloat16* scales;
     // columns of a group; groups and bytes of a row
@@ -33,7 +33,7 @@ static void unpack_part(const uint8_t* bytes, Index count, int shift, uint8_t* c
     for (int i = 0; k < count; k++, i += Width) codes[k] |= (*bytes >> i & MASK) << shift;
 }
 // Codes [first, first + count) of a row of `columns`, shifted to be positive: where they lie, or in `room`.
-static const uint8_t* unpack(const StoredFactor& f, const uint8_t* row, Index columns, Index first, Index count,
+static const uint8_t* unpack(const QuantizedFactor& f, const uint8_t* row, Index columns, Index first, Index count,
                              uint8_t* room) {
     if (f.bits == 8) return row + first;
     std::fill_n(room, count, 0);
@@ -52,7 +52,7 @@ static const uint8_t* unpack(const StoredFactor& f, const uint8_t* row, Index co
 // Entries of matrix b of a factor, rows [first, first + count) and columns [start, start + width), at most CHUNK of
 // them -> rows of `to_ld`.
 template <class S>
-static void expand(const Step& s, const StoredFactor& f, Index b, Index first, Index count, Index start, Index width,
+static void expand(const Step& s, const QuantizedFactor& f, Index b, Index first, Index count, Index start, Index width,
                    S* to, Index to_ld) {
     if (f.bits == 16) {
         const BFloat16* from = (const BFloat16*)f.data + s.w_batch[b];
@@ -94,7 +94,7 @@ static void expand(const Step& s, const StoredFactor& f, Index b, Index first, I
 
 // Pack a share of a factor for its step, as `pack` in packing.h does, from rows that are expanded before.
 template <class S>
-static void pack(const Step& s, const StoredFactor& factor, S* to, Share mine) {
+static void pack(const Step& s, const QuantizedFactor& factor, S* to, Share mine) {
     const Index rows = s.out.features, contracted = s.in.features;
     alignas(64) S expanded[MICRO_ROWS * EXPANDED_LD];
     Index row_at[MICRO_ROWS], k_at[CHUNK];

@@ -1,4 +1,4 @@
-"""Stored factors in the compiled kernel: the product is that of the expanded factors, whatever the format."""
+"""Quantised factors in the compiled kernel: the product is that of the expanded factors, whatever the format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 import einlinear as el
 from einlinear import ops
 from einlinear.nn.quantized_linear import QuantizedLinear
-from einlinear.ops.cpu import cpu_backend, stored_path
+from einlinear.ops.cpu import cpu_backend, quantized_path
 
 SPECS = [spec for specs in SAMPLES.values() for spec in specs] + PATTERNS
 PRECISIONS = ["bfloat16", "int8", "int8(group=40)", "int7", "int6", "int5(group=7)", "int4", "int4(group=32)"]
@@ -116,7 +116,7 @@ def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("tokens", [1, 12, 100])
 def test_threads_share_the_work(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "PARALLEL_MACS", 0)
-    stored_path._prepare.cache_clear()
+    quantized_path._prepare.cache_clear()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -125,7 +125,7 @@ def test_threads_share_the_work(tokens: int, monkeypatch: pytest.MonkeyPatch) ->
                 check(layer_of(spec, (144, 200), precision), torch.randn(tokens, 144))
     finally:
         torch.set_num_threads(threads)
-        stored_path._prepare.cache_clear()
+        quantized_path._prepare.cache_clear()
 
 
 def test_explain_says_whether_factors_are_expanded() -> None:
@@ -153,10 +153,10 @@ def test_other_backends_are_chosen_where_they_are_faster_by_more_than_the_expans
     layer, x = layer_of("dense", (96, 72), "int8"), torch.randn(4, 96)
     for times, is_expanded in (({"reference": 10.0, "cpu": 15.0}, False), ({"reference": 10.0, "cpu": 30.0}, True)):
         choice = ops.Choice("reference", "", tuple(times.items()))
-        monkeypatch.setattr(stored_path, "choose", lambda *_, choice=choice: choice)
-        stored_path._prepare.cache_clear()
+        monkeypatch.setattr(quantized_path, "choose", lambda *_, choice=choice: choice)
+        quantized_path._prepare.cache_clear()
         assert (layer.reason_to_expand(x) is not None) == is_expanded
-    stored_path._prepare.cache_clear()
+    quantized_path._prepare.cache_clear()
 
 
 def test_what_does_not_fit_raises_as_for_other_layers() -> None:

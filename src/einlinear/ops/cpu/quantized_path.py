@@ -1,4 +1,4 @@
-"""The path from a quantized layer to the compiled kernel, which expands stored factors a piece at a time, in cache.
+"""The path from a quantized layer to the compiled kernel, which expands quantised factors a piece at a time, in cache.
 
 Calls that something observes or transforms, or that need gradients, are left to expanded factors.
 """
@@ -30,15 +30,15 @@ EXPANSION = 1.5e-3
 _HALF = 16
 
 
-class StoredCall(NamedTuple):
+class QuantizedCall(NamedTuple):
     """What calls with inputs of one shape have in common: the extents of operands, the kernel's arguments."""
 
     # of x and the bias
     inputs: tuple[Extent, ...]
-    # of what is stored, and the dtypes of these
-    stored: tuple[tuple[Extent, torch.dtype], ...]
+    # of codes and scales, and their dtypes
+    quantized: tuple[tuple[Extent, torch.dtype], ...]
     result: tuple[int, ...]
-    # of every factor, the fields of `StoredFactor` without its pointers
+    # of every factor, the fields of `QuantizedFactor` without its pointers
     fields: tuple[tuple[int, int, int, int], ...]
     library: Library
     program: Program
@@ -47,14 +47,14 @@ class StoredCall(NamedTuple):
 
 
 def find(
-    structure: Structure, formats: Formats, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None
-) -> StoredCall | str:
+    structure: Structure, formats: Formats, quantized: Sequence[Tensor], x: Tensor, bias: Tensor | None
+) -> QuantizedCall | str:
     """Return the call, or why the factors are expanded first.
 
     Args:
         structure, formats: of the matrix, and of its factors.
-        stored: codes and scales of every factor, as `IntegerFormat.pack` and `scales` of shape (batch, new, groups), or
-            the bits of its numbers of bfloat16 in int16.
+        quantized: codes and scales of every factor, as `IntegerFormat.pack` and `scales` of shape (batch, new, groups),
+            or the bits of its numbers of bfloat16 in int16.
         x, bias: as for `linear`.
     """
     if not is_unobserved():
@@ -67,22 +67,22 @@ def find(
     if isinstance(call, str):
         return call
     is_usual = (
-        len(stored) == len(call.stored)
+        len(quantized) == len(call.quantized)
         and are_contiguous_cpu((x,) if bias is None else (x, bias), call.inputs, x.dtype)
-        and all([are_contiguous_cpu((t,), (extent,), dtype) for t, (extent, dtype) in zip(stored, call.stored)])
+        and all([are_contiguous_cpu((t,), (extent,), dtype) for t, (extent, dtype) in zip(quantized, call.quantized)])
     )
     return call if is_usual else "an operand is not contiguous, or does not fit the layer"
 
 
-def forward(call: StoredCall, stored: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+def forward(call: QuantizedCall, quantized: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """Return y of shape (..., out_features)."""
-    y, at = x.new_empty(*call.result), iter([tensor.data_ptr() for tensor in stored])
+    y, at = x.new_empty(*call.result), iter([tensor.data_ptr() for tensor in quantized])
     # numbers of bfloat16 have no scales
     factors = [(next(at), None if fields[0] == _HALF else next(at), *fields) for fields in call.fields]
     threads = torch.get_num_threads() if call.is_parallel else 1
-    call.library.forward_stored(
+    call.library.forward_quantized(
         call.program.address,
-        call.program.stored(*factors),  # type: ignore[misc]
+        call.program.quantized(*factors),  # type: ignore[misc]
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
@@ -103,7 +103,7 @@ def _backend(structure: Structure, tokens: int, dtype: torch.dtype, device: torc
 @cached
 def _prepare(
     structure: Structure, formats: Formats, shape: torch.Size, dtype: torch.dtype, has_bias: bool, forced: str | None
-) -> StoredCall | str:
+) -> QuantizedCall | str:
     if not shape or shape[-1] != structure.in_features or not shape.numel():
         return "the input is empty or does not fit the layer"
     tokens, device = shape[:-1].numel(), torch.device("cpu")
@@ -115,23 +115,23 @@ def _prepare(
     # when it is needed, since it takes time to import
     from einlinear.ops.cpu import cpu_backend, kernel_library
 
-    fields, stored = [], []
+    fields, quantized = [], []
     for factor, format in zip(structure.factors, formats, strict=True):
         if format is None:
             fields.append((_HALF, 0, 0, 0))
-            stored.append((factor.shape, torch.int16))
+            quantized.append((factor.shape, torch.int16))
             continue
         columns, batch_new = factor.fan_in, (factor.params // factor.fan_in // factor.fan_out, factor.fan_out)
         groups, row_bytes = format.groups(columns), format.code_bytes(columns)
         fields.append((format.bits, format.group or columns, groups, row_bytes))
-        stored += [((*batch_new, row_bytes), torch.uint8), ((*batch_new, groups), torch.int16)]
+        quantized += [((*batch_new, row_bytes), torch.uint8), ((*batch_new, groups), torch.int16)]
     library = kernel_library.load(dtype)
     assert not isinstance(library, str), "or it could not run"
     program = cpu_backend.program_of(structure, frozenset(i for i, format in enumerate(formats) if format))
     biases = [(structure.out_features,)] * has_bias
-    return StoredCall(
+    return QuantizedCall(
         extents((shape, *biases), dtype.itemsize),
-        tuple([(extents((shape,), dtype.itemsize)[0], dtype) for shape, dtype in stored]),
+        tuple([(extents((shape,), dtype.itemsize)[0], dtype) for shape, dtype in quantized]),
         (*shape[:-1], structure.out_features),
         tuple(fields),
         library,
