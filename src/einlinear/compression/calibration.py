@@ -193,7 +193,7 @@ class Calibration:
         accumulator = SecondMomentAccumulator(table.embedding_dim, table.weight.device)
         numbers = spread_numbers(len(self._passes.batches))
         for number, inputs in zip(numbers, self._passes.inputs({name: 1}, numbers), strict=True):
-            if accumulator.has(_ENOUGH):
+            if accumulator.has(_TOKENS_PER_INPUT_TO_FIT):
                 break
             with _naming(f"{name}, batch {number} of the calibration data"):
                 for x in inputs[name]:
