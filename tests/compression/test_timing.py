@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.compression.test_narrowing import inputs, transformer
 from torch import nn
 
 import einlinear as el
@@ -110,7 +111,7 @@ def by_macs(factor: Callable[[str], float] = lambda spec: 1.0) -> Callable[[str,
         if isinstance(layer, el.Linear):
             return (layer.structure.macs + 100) * 1e-6 * factor(layer.structure.spec)
         dense = 1e-6 * (layer.weight.numel() + 100)
-        return dense * {"dense": 1.0, "dense, torch.bfloat16": 0.6, "dense, torch.float16": 9.0}[label]
+        return dense * {"dense, torch.bfloat16": 0.6, "dense, torch.float16": 9.0}.get(label, factor(label))
 
     return seconds
 
@@ -157,6 +158,34 @@ def test_a_budget_of_time(monkeypatch: pytest.MonkeyPatch, budget: float) -> Non
     assert not any(layer.structure.startswith("monarch") for layer in report.layers)
     # 3 sizes, 4 members of 2 families, the dense layer in 3 dtypes, and then what is chosen
     assert len(timed) <= 3 * (2 * 4 + 3) + 3 * 3 * 2
+
+
+@pytest.mark.parametrize("families", [["narrow"], ["narrow(uniform=True)"], ["narrow", "low_rank"]])
+def test_narrow_layers_in_a_budget_of_time(monkeypatch: pytest.MonkeyPatch, families: list[str]) -> None:
+    """Low rank takes three times as long as its MACs; the narrow layers that are chosen are timed themselves."""
+    seconds = by_macs(lambda spec: 3.0 if spec.startswith("low_rank") else 1.0)
+    timed = pretend(monkeypatch, seconds)
+    model = transformer()
+    report = el.compress(model, 0.6, families, inputs(), count="time", tokens=1)
+    assert report.time is not None
+    assert report.missed_budget is None
+    narrow = [layer for layer in report.layers if layer.structure.startswith("narrow")]
+    assert narrow
+    assert not any(layer.structure.startswith("low_rank") for layer in report.layers)
+    after = sum(1e-6 * (layer.params + 100) for layer in report.layers)
+    assert report.time.after == pytest.approx(after, rel=1e-6)
+    assert 0.4 < after / report.time.before <= 0.6
+    assert sum(label.startswith("dense, narrowed to") for label in timed) >= 4
+
+
+def test_narrow_layers_that_are_slow_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, by_macs(lambda spec: 1000.0 if "narrowed" in spec else 1.0))
+    report = el.compress(transformer(), 0.6, ["narrow", "low_rank"], inputs(), count="time", tokens=1)
+    assert {layer.structure.partition("(")[0] for layer in report.layers} <= {"low_rank", "dense"}
+    with pytest.raises(
+        ValueError, match=r"0.6 of the time of .* cannot be reached with narrow: the cheapest choice keeps 1"
+    ):
+        el.compress(transformer(), 0.6, ["narrow"], inputs(), count="time", tokens=1)
 
 
 def test_layers_that_would_not_become_faster_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,11 @@ def describe_tokens(counts: Sequence[int]) -> str:
     return " or ".join([f"{first:,} token{'' if first == 1 else 's'}", *(f"{n:,}" for n in others)])
 
 
+def narrowed_label(in_features: int, out_features: int) -> str:
+    """Return the label of a dense layer with fewer features than the one that it replaces."""
+    return f"dense, narrowed to {(in_features, out_features)}"
+
+
 class LayerTimer:
     """Seconds of new layers beside dense ones, measured once for each label, size, dtype and number of tokens."""
 
@@ -77,8 +82,8 @@ class LayerTimer:
     def __call__(self, old: Any, new: Any) -> SpeedUp:
         """Return the speed-up of a structured layer, or of a dense one with fewer features."""
         spec = new.structure.spec if isinstance(new, Linear) else "dense"
-        sizes = "" if features(new) == features(old) else f"narrowed to {features(new)}"
-        label = ", ".join(filter(None, (spec, sizes, getattr(new, "precision", ""))))
+        spec = spec if features(new) == features(old) else narrowed_label(*features(new))
+        label = ", ".join(filter(None, (spec, getattr(new, "precision", ""))))
         seconds = {n: self.seconds(old, {label: lambda: new}, n) for n in self.tokens}
         return SpeedUp({n: of["dense"] / of[label] for n, of in seconds.items()})
 

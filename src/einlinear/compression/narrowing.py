@@ -63,6 +63,12 @@ class NarrowCandidate(LayerCandidate):
         return f"narrow({len(self.kept)} of {self.inner.groups}{unit})"
 
     @property
+    def share(self) -> float:
+        """The fraction of the inner features that is kept."""
+        assert self.inner is not None
+        return len(self.kept) / self.inner.groups
+
+    @property
     def selected(self) -> tuple[slice | list[int], slice | list[int]]:
         """The rows and the columns of the weight that are kept."""
         assert self.inner is not None
@@ -72,7 +78,7 @@ class NarrowCandidate(LayerCandidate):
 
 
 # candidates of all layers of a block, or of several blocks, that are chosen together
-ModuleCandidate = Mapping[str, LayerCandidate]
+ModuleCandidate = Mapping[str, NarrowCandidate]
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def module_candidates(
         uniform: blocks of one kind keep the same number of groups.
     """
     result: list[ModuleCandidate] = []
-    together: dict[object, dict[str, LayerCandidate]] = {}
+    together: dict[object, dict[str, NarrowCandidate]] = {}
     for inner in found:
         dense = {name: {c.precision: c for c in candidates[name] if c.spec == "dense"} for name in inner.layers}
         shared = [p for p in dense[inner.consumer] if all(p in of_layer for of_layer in dense.values())]
@@ -160,7 +166,7 @@ def module_candidates(
                 continue
             # without any features there is nothing to round
             for precision in shared if kept else [""]:
-                module: dict[str, LayerCandidate] = {}
+                module: dict[str, NarrowCandidate] = {}
                 for name in inner.layers:
                     whole, is_consumer = dense[name][precision], name == inner.consumer
                     own = whole.error + (error if is_consumer else 0.0)
@@ -189,10 +195,15 @@ def _size(layer: Any, inner: InnerFeatures, name: str, kept: int) -> tuple[int, 
     return in_features, out_features * kept // inner.groups
 
 
+def narrow_size(old: Any, choice: NarrowCandidate) -> tuple[int, int]:
+    """Return the features, in and out, of a candidate's layer."""
+    assert choice.inner is not None
+    return _size(old, choice.inner, choice.name, len(choice.kept))
+
+
 def narrow_layer(old: Any, choice: NarrowCandidate) -> Any:
     """Return an uninitialised layer of a candidate's size and precision."""
-    assert choice.inner is not None
-    layer = resized(old, *_size(old, choice.inner, choice.name, len(choice.kept)))
+    layer = resized(old, *narrow_size(old, choice))
     return structured_like(layer, "dense", precision=choice.precision) if choice.precision else layer
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,17 +15,18 @@ from einlinear.compression.allocation import allocate, least_cost
 from einlinear.compression.budget import Allocation, Budget, Candidates, Choice, total_change
 from einlinear.compression.candidates import LayerCandidate
 from einlinear.compression.compression_report import DtypeAlone, MeasuredTime
-from einlinear.compression.layer_timing import describe_tokens
-from einlinear.compression.narrowing import NARROW, UNIFORM, ModuleCandidate
+from einlinear.compression.layer_timing import describe_tokens, narrowed_label
+from einlinear.compression.narrowing import ModuleCandidate, NarrowCandidate, narrow_layer, narrow_size
 from einlinear.compression.resume_cache import ResumeCache
 from einlinear.compression.sensitivity import Sensitivity
 from einlinear.conversion.replacement import structured_like
 from einlinear.structures import Structure
 
-# members of a family that are timed for every size; the seconds of the others are interpolated by MACs
+# members of a family, and narrow layers, that are timed for every size; the seconds of others are interpolated
 _TIMED = 4
 # allocations after which the structures chosen are timed themselves
 _ROUNDS = 3
+T = TypeVar("T")
 # costs of a layer by spec, given its name
 _Costs = Callable[[str], Mapping[str, int]]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,8 +42,6 @@ class TimeBudget(Budget):
     def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:
         if tokens is None:
             raise ValueError("count='time' needs tokens: the number in one call, such as 1 for decoding, or 32 * 64")
-        if not {NARROW, UNIFORM}.isdisjoint(families):
-            raise ValueError("'narrow' has no budget of time: give count='params', 'macs' or 'bytes'")
 
     def measure_costs(self) -> None:
         """Time the dense layers, and a few structures of every size."""
@@ -59,23 +58,25 @@ class TimeBudget(Budget):
     def allocate(self, candidates: Candidates, modules: Sequence[ModuleCandidate], cache: ResumeCache) -> Allocation:
         """Choose one candidate per layer among those faster than dense, and list the layers that have none.
 
-        The structures chosen are timed themselves, and the choice is made again; at last, of timed structures alone.
+        The structures and narrow layers chosen are timed themselves, and the choice is made again; at last, of timed
+        ones alone.
         """
+        self._time(_evenly_spaced_sizes(modules))
+        if modules:
+            self.check(least_cost(self._faster(candidates, self.costs), self._faster_modules(modules)))
         for _ in range(_ROUNDS):
-            chosen = self._within(candidates, self.costs)
-            untimed = {name: c.spec for name, c in chosen.items() if c.spec not in self._seconds(name)}
+            chosen = self._within(self._faster(candidates, self.costs), self._faster_modules(modules))
+            untimed = [(name, c) for name, c in chosen.items() if self._label(name, c) not in self._seconds(name)]
             if not untimed:
                 break
-            # those of one size in the same rounds of calls
-            by_size: dict[str, tuple[str, list[str]]] = {}
-            for name, spec in untimed.items():
-                by_size.setdefault(self._timer.size(self._layers[name]), (name, []))[1].append(spec)
-            for name, specs in by_size.values():
-                self._seconds(name, specs)
+            self._time(untimed)
         else:
-            chosen = self._within(candidates, self._measured_costs)
+            timed = [m for m in modules if all(self._label(n, c) in self._seconds(n) for n, c in m.items())]
+            chosen = self._within(self._faster(candidates, self._measured_costs), self._faster_modules(timed))
         options = self._faster(candidates, self.costs)
-        return chosen, [name for name, of in options.items() if len(of) == 1 < len(candidates[name])]
+        narrow = {name for name, c in chosen.items() if isinstance(c, NarrowCandidate)}
+        slow = [name for name, of in options.items() if len(of) == 1 < len(candidates[name])]
+        return chosen, [name for name in slow if name not in narrow]
 
     def alternatives(
         self, candidates: Candidates, chosen: Choice, sensitivities: Mapping[str, Sensitivity]
@@ -93,10 +94,9 @@ class TimeBudget(Budget):
     def _describe(self) -> str:
         return f"time of {len(self._layers)} layers for {describe_tokens(self._timer.tokens)}"
 
-    def _within(self, candidates: Candidates, costs: _Costs) -> dict[str, LayerCandidate]:
-        faster = self._faster(candidates, costs)
+    def _within(self, candidates: Candidates, modules: Sequence[ModuleCandidate]) -> dict[str, LayerCandidate]:
         # measured ones may take longer than was estimated
-        return allocate(faster, max(self.largest, least_cost(faster)))
+        return allocate(candidates, max(self.largest, least_cost(candidates, modules)), modules)
 
     def _faster(self, candidates: Candidates, costs: _Costs) -> dict[str, list[LayerCandidate]]:
         """Return the candidates that have a cost and are faster than the dense layer, with these costs."""
@@ -107,24 +107,78 @@ class TimeBudget(Budget):
             result[name] = [c for c in priced if c.spec == "dense" or c.cost < of["dense"]]
         return result
 
+    def _faster_modules(self, modules: Sequence[ModuleCandidate]) -> list[ModuleCandidate]:
+        """Return the modules, with their costs, whose layers together are faster than the dense ones.
+
+        The cost of a narrow layer is measured, or interpolated by its share of the features.
+        """
+        import numpy as np
+
+        points: dict[str, dict[float, float]] = {}
+        for module in modules:
+            for name, c in module.items():
+                seconds = self._seconds(name)
+                of_layer = points.setdefault(name, {1.0: seconds["dense"]})
+                if (label := self._label(name, c)) in seconds:
+                    of_layer[c.share] = seconds[label]
+        shares = {name: sorted(of_layer) for name, of_layer in points.items()}
+        result: list[ModuleCandidate] = []
+        for module in modules:
+            costs = {}
+            for name, c in module.items():
+                seconds_of = [points[name][share] for share in shares[name]]
+                costs[name] = round(1e9 * float(np.interp(c.share, shares[name], seconds_of)))
+            if sum(costs.values()) < sum(map(self.dense_cost, module)):
+                result.append({name: replace(c, cost=costs[name]) for name, c in module.items()})
+        return result
+
+    def _label(self, name: str, candidate: LayerCandidate) -> str:
+        """Return the label under which the layer of a candidate is timed."""
+        if not isinstance(candidate, NarrowCandidate):
+            return candidate.spec
+        return narrowed_label(*narrow_size(self._layers[name], candidate))
+
+    def _time(self, chosen: Iterable[tuple[str, LayerCandidate]]) -> None:
+        """Time the layers of candidates, those of one size in the same rounds of calls."""
+        by_size: dict[str, tuple[str, dict[str, Callable[[], nn.Module]]]] = {}
+        for name, candidate in chosen:
+            layer, label = self._layers[name], self._label(name, candidate)
+            build: Callable[[], nn.Module] = partial(structured_like, layer, candidate.spec)
+            if isinstance(candidate, NarrowCandidate):
+                build = partial(narrow_layer, layer, candidate)
+            if label != "dense":
+                by_size.setdefault(self._timer.size(layer), (name, {}))[1][label] = build
+        for name, new in by_size.values():
+            self._timer.seconds(self._layers[name], new, *self._timer.tokens)
+
     def _measured_costs(self, name: str) -> dict[str, int]:
         seconds = self._seconds(name)
         return {s.spec: round(1e9 * seconds[s.spec]) for s in self._structures(name) if s.spec in seconds}
 
-    def _seconds(self, name: str, specs: Sequence[str] = ()) -> dict[str, float]:
-        """Return the seconds of all that was timed for a layer's size: a few members, these structures, and dtypes."""
+    def _seconds(self, name: str) -> dict[str, float]:
+        """Return the seconds of all that was timed for a layer's size, at least those of a few members and dtypes."""
         layer = self._layers[name]
-        specs = [*(s.spec for family in self.members[name].values() for s in _evenly_spaced(family)), *specs]
+        families = (sorted(family, key=lambda s: s.macs) for family in self.members[name].values())
+        specs = [s.spec for family in families for s in _evenly_spaced(family)]
         new: dict[str, Callable[[], nn.Module]] = {spec: partial(structured_like, layer, spec) for spec in specs}
         new |= {f"dense, {dtype}": partial(_converted, layer, dtype) for dtype in _other_dtypes(layer)}
         return self._timer.seconds(layer, new, *self._timer.tokens)
 
 
-def _evenly_spaced(family: Sequence[Structure]) -> list[Structure]:
-    """Return a few members from the one of the fewest MACs to the one of the most."""
-    ordered = sorted(family, key=lambda s: s.macs)
+def _evenly_spaced(ordered: Sequence[T]) -> list[T]:
+    """Return a few items from the first to the last."""
     count = min(_TIMED, len(ordered))
     return [ordered[round(i * (len(ordered) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _evenly_spaced_sizes(modules: Sequence[ModuleCandidate]) -> list[tuple[str, NarrowCandidate]]:
+    """Return a few narrow candidates of every layer, with its name, from the narrowest to the widest."""
+    by_name: dict[str, list[NarrowCandidate]] = {}
+    for module in modules:
+        for name, candidate in module.items():
+            by_name.setdefault(name, []).append(candidate)
+    ordered = {name: sorted(candidates, key=lambda c: c.share) for name, candidates in by_name.items()}
+    return [(name, c) for name, candidates in ordered.items() for c in _evenly_spaced(candidates)]
 
 
 def _interpolated(family: Sequence[Structure], costs: Mapping[str, int]) -> dict[str, int]:
