@@ -1,4 +1,4 @@
-"""`Structure`: a structured matrix at one size, in plain numbers and names, and the muP scales of its factors."""
+"""`Structure`: a matrix at one size, with parameters, MACs and muP scales. Of models: the lab's `models/macs.py`."""
 
 import itertools
 import math

@@ -15,7 +15,7 @@ from einlinear_lab.cli.parsing import Folders, floor_of, numbers
 
 if TYPE_CHECKING:  # heavy: imported by the commands themselves
     from einlinear_lab.analysis.comparison import Comparison
-    from einlinear_lab.analysis.scaling_laws import ScalingLaws
+    from einlinear_lab.analysis.curve_fits import ScalingLaws
 
 # Of a map.
 _ROWS = 10
@@ -110,7 +110,7 @@ def fit_command(
     require(LAB)
     from einlinear.files import write_json
     from einlinear_lab.analysis.comparison import compare_runs
-    from einlinear_lab.analysis.scaling_laws import laws_as_json, laws_of_training, laws_per_input
+    from einlinear_lab.analysis.curve_fits import laws_as_json, laws_of_training, laws_per_input
     from einlinear_lab.runs.store import open_store
 
     with display.user_errors():
@@ -148,7 +148,7 @@ def fit_command(
 def _print_laws(laws: ScalingLaws, computes: Sequence[float]) -> None:
     from einlinear_lab.analysis.columns import Column
     from einlinear_lab.analysis.comparison import metric_title
-    from einlinear_lab.analysis.scaling_laws import law_columns
+    from einlinear_lab.analysis.curve_fits import law_columns
 
     display.note(f"\n{metric_title(laws.metric)} over {laws.compute}")
     columns = [Column.of("structure", (fit.curve.name for fit in laws.curves)), *law_columns(laws, digits=4)]

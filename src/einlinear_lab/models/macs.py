@@ -1,4 +1,4 @@
-"""Multiply-accumulates (MACs) and parameters of a model."""
+"""Multiply-accumulates (MACs) and parameters of a model; of one structure, `Structure` counts them."""
 
 from __future__ import annotations
 

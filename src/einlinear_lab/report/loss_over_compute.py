@@ -12,7 +12,7 @@ from markupsafe import Markup
 from einlinear_lab import scaling
 from einlinear_lab.analysis.columns import Column
 from einlinear_lab.analysis.comparison import Comparison, metric_title, result_of
-from einlinear_lab.analysis.scaling_laws import CurveFit, ScalingLaws, law_columns, laws_of_training, laws_per_input
+from einlinear_lab.analysis.curve_fits import CurveFit, ScalingLaws, law_columns, laws_of_training, laws_per_input
 from einlinear_lab.report.charts import Chart, Trace, colour, log_axis, symbol, trace
 from einlinear_lab.report.multiplier_charts import figure_along, figure_of_models
 from einlinear_lab.report.page import Figure, Section, SortableTable

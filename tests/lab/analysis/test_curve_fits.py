@@ -9,7 +9,7 @@ import pytest
 from tests.lab.made_up import run_of, write
 
 from einlinear_lab.analysis.comparison import TRAIN_LOSS, compare_runs
-from einlinear_lab.analysis.scaling_laws import CurveFit, evaluations, laws_as_json, laws_of_training, laws_per_input
+from einlinear_lab.analysis.curve_fits import CurveFit, evaluations, laws_as_json, laws_of_training, laws_per_input
 from einlinear_lab.runs.records import Record
 
 BATCH = 256  # the default of images

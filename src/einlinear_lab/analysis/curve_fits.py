@@ -1,4 +1,4 @@
-"""Scaling laws of a comparison: the power law through the frontier of every structure."""
+"""Fits of scaling laws to the curves of a comparison, one a structure; `scaling/fit.py` computes each fit."""
 
 from __future__ import annotations
 
