@@ -84,6 +84,19 @@ def test_one_budget_for_tables_and_linear_layers() -> None:
     assert model(torch.arange(TOKENS)).shape == (TOKENS, FEATURES)
 
 
+def test_passes_over_the_data_report_their_progress() -> None:
+    """A table has one, in which its tokens are counted; a tied head another, in which its inputs are collected."""
+
+    def passes(model: nn.Module) -> int:
+        calls: list[tuple[str, int, int]] = []
+        options: dict[str, Any] = {"layers": (), "embeddings": "table", "progress": lambda *call: calls.append(call)}
+        el.compress(model, 0.5, ["low_rank"], text(), **options)
+        assert {("collecting inputs", done, 7) for done in range(7)} <= {*calls}
+        return calls.count(("collecting inputs", 0, 7))
+
+    assert passes(Tied()) == 2 * passes(Model()) > 0
+
+
 def test_padding_does_not_count() -> None:
     tokens = torch.cat(text()).reshape(4, -1)
     mask = torch.ones_like(tokens)

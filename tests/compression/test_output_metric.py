@@ -11,7 +11,7 @@ from tests.ops.test_projection_of_outputs import correlated
 from torch import Tensor, nn
 
 from einlinear import ops
-from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project
+from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, project_in_metric
 from einlinear.compression.spectrum import Spectrum, low_ranks
 from einlinear.structures import structure
 
@@ -31,7 +31,7 @@ def test_fits_in_a_metric(spec: str, is_diagonal: bool, size: int) -> None:
     g = scales.diag() if is_diagonal else scales[:, None] * correlated(size).double() * scales
     metric = OutputMetric(scales if is_diagonal else g)
     plain, weighted = (
-        weighted_error(w, ops.dense_weight(s, project(s, w, c, given)), c, g) for given in (None, metric)
+        weighted_error(w, ops.dense_weight(s, project_in_metric(s, w, c, given)), c, g) for given in (None, metric)
     )
     assert weighted < 0.95 * plain
 
@@ -46,7 +46,7 @@ def test_low_rank_of_every_size(size: tuple[int, int]) -> None:
     for rank in (1, 10, 20):
         s = structure(f"low_rank(rank={rank})", size[1], size[0])
         v = after[:, :rank] @ before[:rank]
-        expected = ops.dense_weight(s, project(s, w, c, metric))
+        expected = ops.dense_weight(s, project_in_metric(s, w, c, metric))
         assert weighted_error(w, v, c, g) == pytest.approx(weighted_error(w, expected, c, g), rel=1e-3)
         assert spectrum.errors[rank] == pytest.approx(weighted_error(w, v, c, torch.eye(size[0]).double()), rel=1e-6)
 
@@ -54,12 +54,12 @@ def test_low_rank_of_every_size(size: tuple[int, int]) -> None:
 def test_structures_that_absorb_no_metric() -> None:
     w, c, metric = torch.randn(16, 16), correlated(16), OutputMetric(correlated(16))
     s = structure("kronecker", 16, 16)
-    for found, expected in zip(project(s, w, c, metric), ops.project(s, w, c), strict=True):
+    for found, expected in zip(project_in_metric(s, w, c, metric), ops.project(s, w, c), strict=True):
         torch.testing.assert_close(found, expected)
 
 
 def measured(model: Any, layer: nn.Module, batches: list[Tensor]) -> Tensor:
-    moment = measure_output_metrics(model, {"layer": layer}, batches)["layer"].moment
+    moment = measure_output_metrics(model, {"layer": layer}, batches)["layer"].gradient_moment
     assert all(p.requires_grad for p in model.parameters())
     return moment / (moment if moment.dim() == 1 else moment.diagonal()).mean()
 

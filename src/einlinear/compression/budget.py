@@ -42,8 +42,6 @@ class Budget:
     """
 
     count = "params"
-    # else stacks of experts stay as they are
-    has_experts = True
 
     def __init__(
         self,

@@ -32,7 +32,6 @@ class ByteBudget(Budget):
     """A budget of bytes, with candidates in every precision."""
 
     count = "bytes"
-    has_experts = False
 
     @staticmethod
     def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:

@@ -7,7 +7,7 @@ C = E[x x^T] and P = E[y x^T], a weight V in the place of W has the error
 
 smallest at V = P C^{-1}, which a structured V approximates. If a bias absorbs the means, covariances replace moments.
 
-A table of embeddings is a layer with one output for each token, which counts as often as the token occurs.
+A table of embeddings has one output for each token, which counts as often as the token occurs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from einlinear.nn.dense_layers import features, weight_matrix
 # bytes of second moments that are collected in one pass over the data
 _MEMORY = 2**28
 # tokens for each input feature after which a layer's moments change little
-_TOKENS_PER_INPUT_TO_FIT = 64
+_TOKENS_TO_FIT = 64
 # columns of a second moment that are computed at a time, of which those above the diagonal are left out
 _PANEL = 256
 
@@ -40,29 +40,29 @@ class Calibration:
 
     def __init__(self, passes: Passes | None, selection: Selection, progress: Callable[[int, int], None]) -> None:
         self._passes, self._progress = passes, progress
-        self.layers, self.stages, self.heads = selection.layers, selection.stages, selection.heads
+        self.layers, self.stages, self.tied_heads = selection.layers, selection.stages, selection.tied_heads
+        # a head that is tied to a table has the same weight
+        self._read = self.layers | {head: self.layers[table] for table, head in self.tied_heads.items()}
 
     def statistics(
-        self, stages: Sequence[Stage], compressed: Passes | None = None, enough: int = _TOKENS_PER_INPUT_TO_FIT
+        self, stages: Sequence[Stage], compressed: Passes | None = None, tokens_per_input: int = _TOKENS_TO_FIT
     ) -> Iterator[tuple[str, Callable[[], InputStatistics]]]:
         """Yield the layers of stages, each with a function that returns its inputs' statistics, and runs the models.
 
-        Batches from all over the data are run until each layer has `enough` tokens for each of its input features.
+        Batches from all over the data are run until each layer has this many tokens for each of its input features.
         """
         for group in self._groups(stages, compressed is not None):
-            alone = group[0]
-            if isinstance(self.layers[alone.names[0]], DenseStack):
+            first, layer = group[0], self.layers[group[0].names[0]]
+            if isinstance(layer, DenseStack):
                 # of experts, all layers of a stage have the same inputs
-                collected = cache(partial(self._collect_experts, alone, enough))
-                yield from ((name, collected) for name in alone.names)
-                continue
-            if isinstance(self.layers[alone.names[0]], nn.Embedding):
-                yield from ((name, cache(partial(self._count_tokens, name, alone.calls))) for name in alone.names)
-                continue
-            collect = cache(partial(self._collect, group, compressed, enough))
-            for stage in group:
-                for name in stage.names:
-                    yield name, cache(partial(self._statistics_of, name, stage, collect))
+                collected = cache(partial(self._collect_experts, first, tokens_per_input))
+                yield from ((name, collected) for name in first.names)
+            elif isinstance(layer, nn.Embedding):
+                yield from ((name, cache(partial(self._table_statistics, name, first.calls))) for name in first.names)
+            else:
+                collect = cache(partial(self._collect, group, compressed, tokens_per_input))
+                names = ((stage, name) for stage in group for name in stage.names)
+                yield from ((name, cache(partial(self._statistics_of, name, stage, collect))) for stage, name in names)
 
     def _statistics_of(
         self, name: str, stage: Stage, collect: Callable[[], dict[Stage, SecondMomentAccumulator]]
@@ -70,23 +70,26 @@ class Calibration:
         layer = self.layers[name]
         if self._passes is None:
             return InputStatistics.white(features(layer)[0], layer.weight.device)
-        before = sum(features(self.layers[other])[1] for other in stage.names[: stage.names.index(name)])
+        offset = sum(features(self.layers[other])[1] for other in stage.names[: stage.names.index(name)])
         accumulator = collect()[stage]
-        with _naming(name):
-            return accumulator.statistics(weight_matrix(layer), before, centred=layer.bias is not None)
+        with _prefix_errors(name):
+            return accumulator.statistics(weight_matrix(layer), offset, centred=layer.bias is not None)
 
     def _groups(self, stages: Sequence[Stage], paired: bool) -> list[list[Stage]]:
-        groups, size = list[list[Stage]](), _MEMORY
-        is_alone = False
+        groups, room = list[list[Stage]](), 0
         for stage in stages:
-            inputs, outputs = features(self.layers[stage.names[0]])[0], self._out_features(stage) if paired else 0
-            added = 8 * inputs * (inputs + outputs)
-            size += added
-            was_alone, is_alone = is_alone, isinstance(self.layers[stage.names[0]], DenseStack | nn.Embedding)
-            if size > _MEMORY or is_alone or was_alone:
+            layer = self.layers[stage.names[0]]
+            if isinstance(layer, DenseStack | nn.Embedding):
+                groups.append([stage])
+                room = 0
+                continue
+            inputs, outputs = features(layer)[0], self._out_features(stage) if paired else 0
+            size = 8 * inputs * (inputs + outputs)
+            if size > room:
                 groups.append([])
-                size = added
+                room = _MEMORY
             groups[-1].append(stage)
+            room -= size
         return groups
 
     def _out_features(self, stage: Stage) -> int:
@@ -94,19 +97,19 @@ class Calibration:
 
     @torch.no_grad()
     def _collect(
-        self, stages: Sequence[Stage], compressed: Passes | None, enough: int
+        self, stages: Sequence[Stage], compressed: Passes | None, tokens_per_input: int
     ) -> dict[Stage, SecondMomentAccumulator]:
         """Run the data once, and accumulate the inputs of the first layer of each stage."""
         assert self._passes is not None
         accumulators, calls = {}, {stage.names[0]: stage.calls for stage in stages}
         for stage in stages:
-            layer, outputs = self.layers[stage.names[0]], 0 if compressed is None else self._out_features(stage)
+            layer, outputs = self._read[stage.names[0]], 0 if compressed is None else self._out_features(stage)
             accumulators[stage] = SecondMomentAccumulator(features(layer)[0], layer.weight.device, outputs)
         numbers = spread_numbers(len(self._passes.batches))
         originals = self._passes.inputs(calls, numbers)
         replaced = None if compressed is None else compressed.inputs(calls, numbers)
         for done, number in enumerate(numbers):
-            if all(accumulator.has(enough) for accumulator in accumulators.values()):
+            if all(accumulator.has(tokens_per_input) for accumulator in accumulators.values()):
                 break
             self._progress(done, len(numbers))
             batch, original = self._passes.batches[number], next(originals)
@@ -115,14 +118,14 @@ class Calibration:
                 name = stage.names[0]
                 if name not in original:
                     continue
-                with _naming(f"{name}, batch {number} of the calibration data"):
+                with _prefix_errors(f"{name}, batch {number} of the calibration data"):
                     calls_of = inputs.get(name, [])
                     if [x.shape for x in calls_of] != [x.shape for x in original[name]]:
                         # the compressed model sends other tokens to an expert: its outputs are fitted to the original's
                         calls_of = original[name]
                     for x, x_0 in zip(calls_of, original[name], strict=True):
                         tokens = tokens_of(batch, x)
-                        if accumulator.has(enough):
+                        if accumulator.has(tokens_per_input):
                             check_finite(tokens)
                             continue
                         y = None if compressed is None else self._outputs(stage, tokens_of(batch, x_0))
@@ -130,7 +133,7 @@ class Calibration:
         return accumulators
 
     @torch.no_grad()
-    def _collect_experts(self, stage: Stage, enough: int) -> InputStatistics:
+    def _collect_experts(self, stage: Stage, tokens_per_input: int) -> InputStatistics:
         """Return the second moments of the inputs of every expert, each times its share of the tokens.
 
         Experts with fewer tokens than input features have the second moment of all tokens.
@@ -144,21 +147,17 @@ class Calibration:
         numbers = spread_numbers(len(self._passes.batches))
         for done, inputs in enumerate(self._passes.inputs(calls, numbers)):
             self._progress(done, len(numbers))
-            with _naming(f"{first}, batch {numbers[done]} of the calibration data"):
+            with _prefix_errors(f"{first}, batch {numbers[done]} of the calibration data"):
                 for name, accumulator in zip(calls, experts, strict=True):
                     for x in inputs.get(name, ()):
                         accumulator.add(x)
-            if all(accumulator.has(enough) for accumulator in experts):
+            if all(accumulator.has(tokens_per_input) for accumulator in experts):
                 break
         tokens = sum(accumulator.tokens for accumulator in experts)
-        with _naming(first):
+        with _prefix_errors(first):
             if not tokens:
                 raise ValueError("it gets no tokens from the calibration data")
-            moments = {
-                e: accumulator.statistics(stack.weight[0], centred=False).second_moment
-                for e, accumulator in enumerate(experts)
-                if accumulator.tokens
-            }
+            moments = {e: accumulator.second_moment() for e, accumulator in enumerate(experts) if accumulator.tokens}
         of_all = torch.stack([moment * (experts[e].tokens / tokens) for e, moment in moments.items()]).sum(0)
         own = [moments[e] if accumulator.has(1) else of_all for e, accumulator in enumerate(experts)]
         # an expert without tokens has the weight of one
@@ -166,7 +165,7 @@ class Calibration:
         return InputStatistics(second_moment, second_moment.new_zeros(size), tokens)
 
     @torch.no_grad()
-    def _count_tokens(self, name: str, calls: int) -> InputStatistics:
+    def _table_statistics(self, name: str, calls: int) -> InputStatistics:
         """Return the frequencies of the tokens that a table looks up.
 
         Errors of rows count alike in all directions, and as much again as a head that has the same weight reads them.
@@ -175,30 +174,23 @@ class Calibration:
         white = InputStatistics.white(table.embedding_dim, device)
         if self._passes is None:
             return white
-        counts = torch.zeros(table.num_embeddings, dtype=torch.int64)
-        for number, inputs in enumerate(self._passes.inputs({name: calls})):
-            for indices in inputs.get(name, ()):
-                tokens = tokens_of(self._passes.batches[number], indices[..., None]).flatten()
-                counts += torch.bincount(tokens.cpu(), minlength=len(counts))
-        moment = white.second_moment
-        if (head := self.heads.get(name)) is not None:
-            read = self._inputs_of_head(head, table)
+        counts, moment = self._count_tokens(name, calls, self._passes), white.second_moment
+        if (head := self.tied_heads.get(name)) is not None:
+            (accumulator,) = self._collect([Stage((head,), 1)], None, _TOKENS_TO_FIT).values()
+            read = accumulator.second_moment()
             moment = moment + read / read.diagonal().mean()
         frequencies = token_frequencies(counts).to(device)
         return replace(white, second_moment=moment, tokens=int(counts.sum()), frequencies=frequencies)
 
-    def _inputs_of_head(self, name: str, table: nn.Embedding) -> Tensor:
-        """Return the second moment of what an output head reads."""
-        assert self._passes is not None
-        accumulator = SecondMomentAccumulator(table.embedding_dim, table.weight.device)
-        numbers = spread_numbers(len(self._passes.batches))
-        for number, inputs in zip(numbers, self._passes.inputs({name: 1}, numbers), strict=True):
-            if accumulator.has(_TOKENS_PER_INPUT_TO_FIT):
-                break
-            with _naming(f"{name}, batch {number} of the calibration data"):
-                for x in inputs[name]:
-                    accumulator.add(tokens_of(self._passes.batches[number], x))
-        return accumulator.statistics(table.weight, centred=False).second_moment
+    def _count_tokens(self, name: str, calls: int, passes: Passes) -> Tensor:
+        """Return how often a table looks up each token."""
+        counts = torch.zeros(self.layers[name].num_embeddings, dtype=torch.int64)
+        for number, inputs in enumerate(passes.inputs({name: calls})):
+            self._progress(number, len(passes.batches))
+            for indices in inputs.get(name, ()):
+                tokens = tokens_of(passes.batches[number], indices[..., None]).flatten()
+                counts += torch.bincount(tokens.cpu(), minlength=len(counts))
+        return counts
 
     def _outputs(self, stage: Stage, x: Tensor) -> Tensor:
         """Return the outputs of all layers of a stage, without biases, in float32."""
@@ -229,9 +221,9 @@ class SecondMomentAccumulator:
         # of x x^T the lower triangle, of y x^T all, and of y y^T the diagonal
         self._product, self._cross, self._squares = zeros(features, features), zeros(outputs, features), zeros(outputs)
 
-    def has(self, enough: int) -> bool:
-        """Return whether there are enough tokens for each input feature."""
-        return self.tokens >= enough * len(self._product)
+    def has(self, tokens_per_input: int) -> bool:
+        """Return whether there are this many tokens for each input feature."""
+        return self.tokens >= tokens_per_input * len(self._product)
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add inputs, (tokens, features), and the original's outputs of the same tokens, (tokens, outputs)."""
@@ -252,10 +244,14 @@ class SecondMomentAccumulator:
             self._cross += both[1].T @ x
             self._squares += both[1].square().sum(0, dtype=torch.float64)
 
-    def statistics(self, weight: Tensor, first: int = 0, *, centred: bool) -> InputStatistics:
-        """Return the statistics of all tokens so far for a layer, whose outputs begin at the first.
+    def second_moment(self) -> Tensor:
+        """Return E[x x^T] over all tokens so far."""
+        return self.statistics(centred=False).second_moment
 
-        The weight is the layer's, (out_features, in_features). `centred` if a bias absorbs the means.
+    def statistics(self, weight: Tensor | None = None, output_offset: int = 0, *, centred: bool) -> InputStatistics:
+        """Return the statistics of all tokens so far for a layer; `centred` if a bias absorbs the means.
+
+        With outputs: those of the layer, whose weight is (out_features, in_features), begin at the offset.
         """
         if not self._shifts:
             raise ValueError("its inputs are all padding: no token is left")
@@ -272,7 +268,8 @@ class SecondMomentAccumulator:
         noise = 1e-12 * float((moment.diagonal() + mean.square()).mean())
         original = None
         if len(self._cross):
-            rows, w = slice(first, first + len(weight)), weight.detach().double()
+            assert weight is not None
+            rows, w = slice(output_offset, output_offset + len(weight)), weight.detach().double()
             beyond_y = self._sums[1][rows] / self.tokens
             mean_y = self._shifts[1][rows] + beyond_y
             cross = (self._cross[rows] / self.tokens).addr_(beyond_y, beyond, alpha=-1)
@@ -362,7 +359,7 @@ class InputStatistics:
 
 
 @contextmanager
-def _naming(place: str) -> Iterator[None]:
+def _prefix_errors(place: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:

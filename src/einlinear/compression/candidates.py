@@ -17,7 +17,7 @@ from torch import Tensor
 
 from einlinear.compression.calibration import InputStatistics
 from einlinear.compression.expert_stacks import layer_weight
-from einlinear.compression.output_metric import OutputMetric, dense_weight, metric_of, project
+from einlinear.compression.output_metric import OutputMetric, dense_weights, fit_metric, project_in_metric
 from einlinear.compression.spectrum import NO_ERROR, LowRanks, Spectrum, between
 from einlinear.nn.dense_layers import features
 from einlinear.structures import DoesNotFit, Structure, structure
@@ -86,7 +86,7 @@ def reason_for_none(families: Iterable[str], in_features: int, out_features: int
 def structure_errors(
     layer: Any,
     families: Mapping[str, Sequence[Structure]],
-    metric: Callable[[], OutputMetric | None],
+    get_metric: Callable[[], OutputMetric | None],
     components: Callable[[InputStatistics, Tensor], LowRanks],
     cached: Callable[..., Any],
 ) -> list[tuple[Structure, float]]:
@@ -105,7 +105,7 @@ def structure_errors(
     def errors_at(family: str, shares: Sequence[float]) -> dict[str, float]:
         if not (fitted := members_to_fit(families[family], shares)):
             return {}
-        compute = partial(fitted_errors, fitted, layer, metric)
+        compute = partial(fitted_errors, fitted, layer, get_metric)
         key, specs = f"errors of {family} at {shares}", [s.spec for s in fitted]
         return dict(cached(key, compute, lambda record: {spec: float(record[spec]) for spec in specs}))
 
@@ -138,16 +138,14 @@ def members_to_fit(considered: Sequence[Structure], shares: Sequence[float]) -> 
 def fitted_errors(
     structures: Sequence[Structure],
     layer: Any,
-    metric: Callable[[], OutputMetric | None],
+    get_metric: Callable[[], OutputMetric | None],
     statistics: InputStatistics,
     moment: Tensor,
 ) -> dict[str, float]:
     """Fit structures to a layer, and return their relative squared errors by spec."""
-    weight, fit_metric = layer_weight(layer), metric_of(statistics, metric)
-    return {
-        s.spec: statistics.relative_error(weight, dense_weight(s, project(s, weight, moment, fit_metric, _STEPS)))
-        for s in structures
-    }
+    weight, metric = layer_weight(layer), fit_metric(statistics, get_metric)
+    fits = ((s, project_in_metric(s, weight, moment, metric, _STEPS)) for s in structures)
+    return {s.spec: statistics.relative_error(weight, dense_weights(s, factors)) for s, factors in fits}
 
 
 def estimated_errors(

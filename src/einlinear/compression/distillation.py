@@ -23,7 +23,7 @@ from einlinear.files import check_folder
 from einlinear.mup import Muon, param_groups
 from einlinear.nn import GatedExperts, QuantizedLinear
 from einlinear.nn.linear import Factored
-from einlinear.nn.model_call import Batch, check_batches, evaluating
+from einlinear.nn.model_call import Batch, check_batches, evaluating, frozen
 from einlinear.nn.names import full_names, matching
 from einlinear.schedules import lr_factor
 
@@ -190,14 +190,12 @@ def _trained_parameters(model: nn.Module, train: str, rank: int) -> Iterator[tup
     """Yield the trained parameters by name, and adapters of dense layers; meanwhile the others need no gradients."""
     structured = {id(p) for module in model.modules() if isinstance(module, Factored) for p in module.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    frozen = [] if train == "all" else [p for p in trained.values() if id(p) not in structured]
+    others = [] if train == "all" else [p for p in trained.values() if id(p) not in structured]
     with ExitStack() as stack:
         adapters = stack.enter_context(temporary_lora(model, rank)) if train == "adapters" else {}
         trained = {name: p for name, p in trained.items() if train == "all" or id(p) in structured}
         trained |= {f"{layer}.adapter.{n}": p for layer, a in adapters.items() for n, p in a.named_parameters()}
-        for p in frozen:
-            p.requires_grad_(False)
-            stack.callback(p.requires_grad_)
+        stack.enter_context(frozen(others))
         if not trained:
             if train == "structured":
                 raise ValueError("train='structured', but no structured layer requires gradients: give train='all'")

@@ -1,7 +1,7 @@
-"""Tables of embeddings as layers that the pipeline of `compress` measures: linear layers of one-hot vectors.
+"""Tables of embeddings in `compress`: layers with an output for each token, which counts by the token's frequency.
 
-Their second moment of inputs is diagonal: it holds the frequencies of tokens. An output head that has the same weight
-gets the same factors.
+`selection.py` pairs tables with output heads of the same weight, `calibration.py` counts tokens, fits use `fit_metric`
+of `output_metric.py`, `sensitivity.py` changes a table with its head, and `pipeline.py` replaces both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def tied_head(table: nn.Embedding, owners: Owners) -> tuple[str, Any] | None:
 
 
 @torch.no_grad()
-def head_of(table: Any, head: Any) -> Linear:
+def structured_head(table: Any, head: Any) -> Linear:
     """Return an output head with the factors of a structured table, and the bias of a dense head."""
     layer: Any = Linear.like(head, table.structure)
     for name, factor in table.named_parameters():

@@ -6,7 +6,7 @@ one structure. Its errors are sums over experts, weighted by the numbers of toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,13 @@ from einlinear.nn import Experts, GatedExperts
 from einlinear.nn.dense_layers import weight_matrix
 from einlinear.nn.moe.gated_experts import active_experts, dense_stacks, without_parameters
 from einlinear.nn.names import plain_modules
+
+NOT_OPENED = "is compressed with count='params' or 'macs' only, without only_if_faster and 'narrow'"
+
+
+def are_opened(count: str, families: Sequence[str], only_if_faster: bool) -> bool:
+    """Return whether stacks are compressed with these options of `compress`; else they stay, as `NOT_OPENED` says."""
+    return count in ("params", "macs") and not only_if_faster and not any(f.startswith("narrow") for f in families)
 
 
 class DenseStack(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import LayerCandidate
-from einlinear.compression.embedding_tables import head_of
+from einlinear.compression.embedding_tables import structured_head
 from einlinear.compression.expert_stacks import DenseStack, layer_weight
 from einlinear.compression.factor_rounding import round_factors
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.narrowing import NarrowCandidate, fit_narrow, in_full_size, narrow_layer
-from einlinear.compression.output_metric import OutputMetric, metric_of, project
+from einlinear.compression.output_metric import OutputMetric, fit_metric, project_in_metric
 from einlinear.compression.resume_cache import LayerResults
 from einlinear.conversion.replacement import replace_modules, structured_like
 from einlinear.nn import Experts
@@ -35,7 +35,7 @@ def fit_layers(
     results: LayerResults,
     calibrated: Calibration,
     chosen: Mapping[str, LayerCandidate],
-    metric: Callable[[str], OutputMetric | None],
+    find_metric: Callable[[str], OutputMetric | None],
     compressed: nn.Module,
     passes: Passes | None,
 ) -> dict[str, FittedLayer]:
@@ -48,13 +48,13 @@ def fit_layers(
             if name in chosen:
                 old, choice = calibrated.layers[name], chosen[name]
                 cached = results.cached(name, len(fitted), statistics)
-                compute = partial(_fit, old, choice, results.damping, partial(metric, name))
+                compute = partial(_fit, old, choice, results.damping, partial(find_metric, name))
                 fitted[name] = cached(choice.label, compute, partial(_fitted_layer, old, choice), tensors=True)
         names = [name for stage in group for name in stage.names if name in fitted]
         new = {name: in_full_size(calibrated.layers[name], fitted[name].layer, chosen[name]) for name in names}
         for name in names:
-            if (head := calibrated.heads.get(name)) is not None:
-                new[head] = head_of(new[name], compressed.get_submodule(head))
+            if (head := calibrated.tied_heads.get(name)) is not None:
+                new[head] = structured_head(new[name], compressed.get_submodule(head))
         replace_modules(compressed, {id(compressed.get_submodule(name)): layer for name, layer in new.items()})
     results.report(len(fitted))
     return fitted
@@ -65,7 +65,7 @@ def _fit(
     old: Any,
     choice: LayerCandidate,
     damping: float,
-    metric: Callable[[], OutputMetric | None],
+    get_metric: Callable[[], OutputMetric | None],
     inputs: InputStatistics,
     moment: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,8 +74,8 @@ def _fit(
         return fit_narrow(old, choice, damping, inputs, moment)
     weight, layer = layer_weight(old), _layer_of(old, choice)
     target, of_inputs = inputs.target_weight(weight, damping), moment if inputs.tokens else None
-    fit_metric = metric_of(inputs, metric)
-    factors = [target] if choice.spec == "dense" else project(layer.structure, target, of_inputs, fit_metric)
+    metric = fit_metric(inputs, get_metric)
+    factors = [target] if choice.spec == "dense" else project_in_metric(layer.structure, target, of_inputs, metric)
     if isinstance(layer, QuantizedLinear):
         layer.store(round_factors(layer.structure, factors, layer.formats, target, of_inputs))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,16 @@ from einlinear.compression.activations import hooked, output_of, tokens_of
 from einlinear.compression.block_checkpointing import checkpointed_blocks
 from einlinear.compression.calibration import InputStatistics, spread_numbers
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, call
+from einlinear.nn.model_call import Batch, call, frozen
 from einlinear.ops.projection.svd import count, merge, unmerge
 from einlinear.ops.reference import einsum
 from einlinear.structures import Structure
 
-# gradients for each output feature or for a diagonal, the most batches, and the most entries that are projected of each
-_GRADIENTS_PER_OUTPUT, _GRADIENTS_FOR_DIAGONAL, _BATCHES, _ENTRIES = 16, 1024, 12, 2**19
-# of the mean variance, for the directions that few gradients say little of
+# gradients, one a token, after which G changes little: for each output feature, and for a diagonal
+_GRADIENTS_PER_OUTPUT, _GRADIENTS_FOR_DIAGONAL = 16, 1024
+# the most batches, and the most entries of the output of each that are projected
+_BATCHES, _ENTRIES = 12, 2**19
+# fraction of the mean of G's diagonal that is added to it, since few gradients say little of many directions
 _DAMPING = 1e-2
 
 
@@ -36,14 +39,14 @@ _DAMPING = 1e-2
 class OutputMetric:
     """G of a layer, (out, out), or its diagonal, (out,)."""
 
-    moment: Tensor
+    gradient_moment: Tensor
 
     def factored(self, structure: Structure | None = None) -> tuple[Tensor, Tensor]:
         """Return roots of G and their inverses, (1, out, out) or (1, out, 1).
 
         With a structure, only the blocks of G count that its last factor mixes, (blocks, n, n) or (blocks, n, 1).
         """
-        g = self.moment.double()
+        g = self.gradient_moment.double()
         is_diagonal = g.dim() == 1
         mean = g.mean() if is_diagonal else g.diagonal().mean()
         g = g / mean
@@ -54,13 +57,14 @@ class OutputMetric:
             blocks = g[None, :, None] if structure is None else _by_block(structure, g[:, None])
             return blocks.sqrt(), blocks.rsqrt()
         variances, directions = torch.linalg.eigh(g[None] if structure is None else _diagonal_blocks(structure, g))
+        # all are at least the damping but for rounding
         root = variances.clamp(min=_DAMPING / 2).sqrt()[:, None]
         return (directions * root) @ directions.mT, (directions / root) @ directions.mT
 
 
-def metric_of(statistics: InputStatistics, of_gradients: Callable[[], OutputMetric | None]) -> OutputMetric | None:
+def fit_metric(statistics: InputStatistics, get_metric: Callable[[], OutputMetric | None]) -> OutputMetric | None:
     """Return the metric to fit a layer in: of a table of embeddings its tokens' frequencies, else that of gradients."""
-    return of_gradients() if statistics.frequencies is None else OutputMetric(statistics.frequencies)
+    return get_metric() if statistics.frequencies is None else OutputMetric(statistics.frequencies)
 
 
 def apply_roots(roots: Tensor, matrices: Tensor) -> Tensor:
@@ -70,26 +74,26 @@ def apply_roots(roots: Tensor, matrices: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def project(
+def project_in_metric(
     structure: Structure,
     weight: Tensor,
-    moment: Tensor | None,
+    input_moment: Tensor | None,
     metric: OutputMetric | None,
     steps: int | None = None,
 ) -> list[Tensor]:
     """Return the factors of `ops.project` in an output metric, as far as the last factor can absorb its inverse.
 
-    Those of stacked weights (experts, out, in), with moments (experts, in, in), are stacked.
+    Those of stacked weights (experts, out, in), with input second moments (experts, in, in), are stacked.
     """
     if weight.dim() == 3:
-        moments = [moment] * len(weight) if moment is None or moment.dim() == 2 else moment
-        by_expert = [project(structure, w, m, metric, steps) for w, m in zip(weight, moments, strict=True)]
+        moments = [None] * len(weight) if input_moment is None else input_moment.expand(len(weight), -1, -1)
+        by_expert = [project_in_metric(structure, w, c, metric, steps) for w, c in zip(weight, moments, strict=True)]
         return [torch.stack(factors) for factors in zip(*by_expert, strict=True)]
     term = structure.terms[0]
     last, sizes = term.factors[-1], dict(structure.sizes)
     is_alone = len(structure.terms) == 1 and not {*term.inputs} & {*term.outputs}
     if metric is None or last.free or not is_alone:
-        return ops.project(structure, weight, moment, steps)
+        return ops.project(structure, weight, input_moment, steps)
     root, inverse = metric.factored(structure)
     padded = F.pad(weight.double(), (0, 0, 0, _padded_outputs(structure) - structure.out_features))
     weighted = apply_roots(root, _by_block(structure, padded))
@@ -97,13 +101,13 @@ def project(
     matrix = unmerge(weighted, (last.batch, last.new, ("feature",)), axes, with_features)
     matrix = matrix.reshape(padded.shape)[: structure.out_features]
     matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
-    *others, factor = ops.project(structure, matrix, moment, steps)
+    *others, factor = ops.project(structure, matrix, input_moment, steps)
     groups = last.batch, last.new, last.contracted
     return [*others, unmerge(apply_roots(inverse, merge(factor, last.axes, groups)), groups, last.axes, sizes)]
 
 
-def dense_weight(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
-    """Return the matrix of factors, or the matrices of stacked ones."""
+def dense_weights(structure: Structure, factors: Sequence[Tensor]) -> Tensor:
+    """Return the matrix of factors, or the matrices of stacked ones, (experts, out, in)."""
     if factors[0].dim() == len(structure.shapes[0]):
         return ops.dense_weight(structure, factors)
     return torch.stack([ops.dense_weight(structure, each) for each in zip(*factors, strict=True)])
@@ -121,12 +125,12 @@ def _by_block(structure: Structure, matrix: Tensor) -> Tensor:
     return merge(by_axes, (*term.outputs, "feature"), (last.batch, last.new, ("feature",)))
 
 
-def _diagonal_blocks(structure: Structure, moment: Tensor) -> Tensor:
+def _diagonal_blocks(structure: Structure, g: Tensor) -> Tensor:
     (term,), sizes = structure.terms, dict(structure.sizes)
     last, shape = term.factors[-1], [sizes[axis] for axis in term.outputs]
     other = tuple(axis if axis in last.batch else f"{axis}'" for axis in term.outputs)
     result = (*last.batch, *last.new, *(f"{axis}'" for axis in last.new))
-    return einsum([(*term.outputs, *other)], result, moment.reshape(shape * 2)).reshape(-1, last.fan_out, last.fan_out)
+    return einsum([(*term.outputs, *other)], result, g.reshape(shape * 2)).reshape(-1, last.fan_out, last.fan_out)
 
 
 def measure_output_metrics(
@@ -140,8 +144,7 @@ def measure_output_metrics(
     G is measured in full for layers with at most as many outputs as inputs, and its diagonal for others. Of the sums
     so far, those that `copy` returns are kept.
     """
-    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
-    try:
+    with frozen(model.parameters()):
         try:
             with checkpointed_blocks(model):
                 moments = _gradient_moments(model, layers, batches, copy)
@@ -150,9 +153,6 @@ def measure_output_metrics(
         # a block that changes what it is given, or that remembers its calls, cannot be run again: it raises anything
         except Exception:
             moments = _gradient_moments(model, layers, batches, copy)
-    finally:
-        for p in learning:
-            p.requires_grad_()
     return {name: OutputMetric(g) for name, g in moments.items() if g.isfinite().all() and float(g.sum()) > 0}
 
 
@@ -161,9 +161,8 @@ def _gradient_moments(
 ) -> dict[str, Tensor]:
     moments, tokens = dict[str, Tensor](), dict.fromkeys(layers, 0)
     generator = torch.Generator().manual_seed(0)
-    batch: Batch = batches[0]
 
-    def record(name: str, _: Any, output: Tensor) -> Tensor:
+    def record(batch: Batch, name: str, _: Any, output: Tensor) -> Tensor:
         def add(gradient: Tensor) -> None:
             g = tokens_of(batch, gradient).float()
             moment = g.T @ g if _is_full(layers[name]) else g.square().sum(0)
@@ -176,7 +175,7 @@ def _gradient_moments(
 
     for number in spread_numbers(len(batches))[:_BATCHES]:
         batch = batches[number]
-        with torch.enable_grad(), hooked(layers, record):
+        with torch.enable_grad(), hooked(layers, partial(record, batch)):
             result = call(model, batch)
             output = tokens_of(batch, output_of(result))
             if output.requires_grad:

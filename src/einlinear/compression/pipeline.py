@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,16 @@ from einlinear.compression.byte_budget import ByteBudget, weight_bytes
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, structure_errors
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
-from einlinear.compression.embedding_tables import head_of, untie_config
-from einlinear.compression.expert_stacks import layer_weight, matrices, open_experts
+from einlinear.compression.embedding_tables import structured_head, untie_config
+from einlinear.compression.expert_stacks import are_opened, layer_weight, matrices, open_experts
 from einlinear.compression.fitting import FittedLayer, fit_layers
 from einlinear.compression.forward_passes import Passes
 from einlinear.compression.inner_features import InnerFeatures
 from einlinear.compression.layer_timing import TOKENS, LayerTimer, SpeedUp
 from einlinear.compression.narrowed_config import find_blocks, narrow_attributes
-from einlinear.compression.narrowing import NARROW, UNIFORM, Removal, check_narrow, module_candidates, removal
-from einlinear.compression.output_metric import OutputMetric, measure_output_metrics, metric_of
+from einlinear.compression.narrowing import UNIFORM, Removal, check_narrow, module_candidates, removal
+from einlinear.compression.output_metric import OutputMetric, fit_metric, measure_output_metrics
 from einlinear.compression.resume_cache import LayerResults, ResumeCache, check_cache_folders, digest_of
-from einlinear.compression.rng_state import preserved_rng_state
 from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
@@ -36,10 +35,9 @@ from einlinear.compression.time_budget import TimeBudget
 from einlinear.conversion.replacement import replace_modules
 from einlinear.nn import Embedding, Experts, Linear
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, check_batches, evaluating, without_key_cache
+from einlinear.nn.model_call import Batch, check_batches, evaluating, preserved_rng_state, without_key_cache
 from einlinear.nn.quantized_linear import QuantizedLinear
 
-# what `count` counts
 _BUDGETS: dict[str, type[Budget]] = {b.count: b for b in (Budget, MacsBudget, ByteBudget, TimeBudget)}
 # tokens for each input feature of a layer, to compare structures with; the one that is chosen is fitted to more
 _TOKENS_PER_INPUT_TO_COMPARE = 16
@@ -83,7 +81,7 @@ def compress(
         tokens: tokens that a layer gets in one call, for which layers are timed: 1 for decoding, or the batch size
             times the length. None: 1 and 256; count="time" needs a number.
         layers: a glob, or several, on qualified names: which layers to compress. None: all but output heads, which the
-            guide lists. Globs and names are those of `einlinear.convert`.
+            guide lists; () with `embeddings`: none. Globs and names are those of `einlinear.convert`.
         embeddings: a glob, or several: which `torch.nn.Embedding` to compress as well, with count="params". The rows of
             tokens that are frequent in the calibration data count most. An output head with the weight of one gets its
             factors; the config of a transformers model is then told not to tie the two.
@@ -114,18 +112,18 @@ def compress(
         True
     """
     families = [structures] if isinstance(structures, str) else list(structures)
-    kind = budget_kind(count, families, tokens, only_if_faster)
-    if embeddings and count != "params":
-        reason = "a lookup multiplies little, and rows are not quantised"
-        raise ValueError(f"embeddings are compressed with count='params' only, not {count!r}: {reason}")
-    batches = _check_arguments(model, budget, families, calibration, count, damping)
+    kind = budget_kind(count, families, tokens, only_if_faster, embeddings)
+    _check_arguments(model, budget, families, calibration, count, damping)
+    batches = None if calibration is None else list(calibration)
+    if batches == []:
+        raise ValueError("calibration has no batches")
     is_cached = cache_dir is not None or shared_cache_dir is not None
     check_cache_folders(cache_dir, shared_cache_dir)
     _check_packages(is_cached)
     report_progress = progress or (lambda step, done, of: None)
     report_progress("looking at the model", 0, 1)
     data_config = {"damping": damping, "model and data": digest_of(model, batches) if is_cached else None}
-    with open_experts(model, kind.has_experts and not only_if_faster and {NARROW, UNIFORM}.isdisjoint(families)):
+    with open_experts(model, are_opened(count, families, only_if_faster)):
         # compiled code ignores new hooks
         with evaluating(model), without_key_cache(model), torch.compiler.set_stance("force_eager"):
             # copies the modules and shares their tensors: the original stays the reference
@@ -150,23 +148,23 @@ def compress(
             if not blocks:
                 total_budget.check()
 
-            # 1. calibrate
-            original_passes = None
-            if batches is not None:
-                original_passes = Passes(model, batches, unchanged=selection.first_layers, copy=results.copy)
-            calibrated = Calibration(original_passes, selection, partial(report_progress, "collecting inputs"))
+            # 1. prepare the calibration: steps 2 and 4 collect the inputs of each stage when they need them
+            read = [stage.names[0] for stage in selection.stages]
+            originals = None if batches is None else Passes(model, batches, unchanged=read, copy=results.copy)
+            calibrated = Calibration(originals, selection, partial(report_progress, "collecting inputs"))
 
             # 2. measure the sensitivity to each layer, and the errors of its candidates
-            probe = None if batches is None else SensitivityProbe(model, batches, selection.heads)
+            probe = None if batches is None else SensitivityProbe(model, batches, selection.tied_heads)
             metrics = cache(
                 lambda: {} if batches is None else measure_output_metrics(model, linear.layers, batches, results.copy)
             )
 
-            def metric(name: str) -> OutputMetric | None:
+            def find_metric(name: str) -> OutputMetric | None:
                 return metrics().get(name)
 
             compare = LayerResults("comparing structures", len(dense), damping, shared_results, report_progress)
-            sensitivities, candidates, removals = _compare(compare, calibrated, total_budget, probe, metric, blocks)
+            measured = _measure_layers(compare, calibrated, total_budget, probe, find_metric, blocks)
+            sensitivities, candidates, removals = measured
             modules = module_candidates(blocks, dense, removals, candidates, sensitivities, UNIFORM in families)
 
             # 3. allocate the budget
@@ -177,7 +175,7 @@ def compress(
             new = {name: candidate for name, candidate in chosen.items() if candidate.label != "dense"}
             passes = Passes(compressed, batches, copy=results.copy) if sequential and batches is not None else None
             fit = LayerResults("fitting", len(new), damping, results, report_progress)
-            fitted = fit_layers(fit, calibrated, new, metric, compressed, passes)
+            fitted = fit_layers(fit, calibrated, new, find_metric, compressed, passes)
 
         # 5. replace the layers of the model
         reasons = total_budget.reasons | dict.fromkeys(slow, "every structure tried is slower than the dense layer")
@@ -189,10 +187,10 @@ def compress(
         is_missed = sum(candidate.cost for candidate in chosen.values()) > total_budget.largest
         narrow_attributes(model, chosen)
         new_layers = {id(dense[name]): f.layer.train(dense[name].training) for name, f in fitted.items()}
-        heads = {name: head for name, head in selection.heads.items() if name in fitted}
-        for name, full_name in heads.items():
+        tied_heads = {name: head for name, head in selection.tied_heads.items() if name in fitted}
+        for name, full_name in tied_heads.items():
             head = model.get_submodule(full_name)
-            new_layers[id(head)] = head_of(fitted[name].layer, head)
+            new_layers[id(head)] = structured_head(fitted[name].layer, head)
             untie_config(model)
         replace_modules(model, new_layers)
         return CompressionReport(
@@ -201,48 +199,57 @@ def compress(
             selection.coverage,
             count=count,
             missed_budget=budget if is_missed else None,
-            tied=tuple((names[name], names[head]) for name, head in heads.items()),
+            tied=tuple((names[name], names[head]) for name, head in tied_heads.items()),
             not_narrowed=tuple((names[name], reason) for name, reason in not_narrowed),
             **alternatives,
         )
 
 
-def _compare(
+class _Measurements(NamedTuple):
+    """Sensitivities of the model's output, candidates with their errors, and removals of inner features, by layer."""
+
+    sensitivities: dict[str, Sensitivity]
+    candidates: dict[str, list[LayerCandidate]]
+    removals: dict[str, Removal]
+
+
+def _measure_layers(
     results: LayerResults,
     calibrated: Calibration,
     budget: Budget,
     probe: SensitivityProbe | None,
-    metric: Callable[[str], OutputMetric | None],
+    find_metric: Callable[[str], OutputMetric | None],
     blocks: Sequence[InnerFeatures],
-) -> tuple[dict[str, Sensitivity], dict[str, list[LayerCandidate]], dict[str, Removal]]:
-    """Return the sensitivity of the model's output to each layer, candidates with their errors, and those of blocks."""
-    sensitivities = dict.fromkeys(calibrated.layers, UNKNOWN)
-    candidates: dict[str, list[LayerCandidate]] = {}
-    consumers, removals = {inner.consumer: inner for inner in blocks}, dict[str, Removal]()
-    for name, statistics in calibrated.statistics(calibrated.stages, enough=_TOKENS_PER_INPUT_TO_COMPARE):
+) -> _Measurements:
+    sensitivities, candidates, removals = measured = _Measurements(dict.fromkeys(calibrated.layers, UNKNOWN), {}, {})
+    consumers = {inner.consumer: inner for inner in blocks}
+    for name, statistics in calibrated.statistics(calibrated.stages, tokens_per_input=_TOKENS_PER_INPUT_TO_COMPARE):
         layer, cached = calibrated.layers[name], results.cached(name, len(candidates), statistics)
-        components = _components(layer, partial(metric, name))
+        get_metric = partial(find_metric, name)
+        components = _components(layer, get_metric)
         if probe is not None:
             measure = partial(measure_sensitivity, layer, probe, components)
             sensitivities[name] = cached("sensitivity", measure, Sensitivity.of)
-        errors = structure_errors(layer, budget.members[name], partial(metric, name), components, cached)
+        errors = structure_errors(layer, budget.members[name], get_metric, components, cached)
         candidates[name] = budget.candidates(name, errors, sensitivities[name], cached)
         if name in consumers:
             removals[name] = cached("inner features", partial(removal, layer, consumers[name]), Removal.from_record)
     results.report(len(candidates))
-    return sensitivities, candidates, removals
+    return measured
 
 
-def _components(layer: Any, metric: Callable[[], OutputMetric | None]) -> Callable[[InputStatistics, Tensor], LowRanks]:
+def _components(
+    layer: Any, get_metric: Callable[[], OutputMetric | None]
+) -> Callable[[InputStatistics, Tensor], LowRanks]:
     """Return a function that computes the low ranks of a layer once, since a layer has one second moment."""
-    results: list[LowRanks] = []
+    result: LowRanks | None = None
 
     def compute(statistics: InputStatistics, moment: Tensor) -> LowRanks:
-        if not results:
-            results.append(
-                low_ranks(layer_weight(layer), moment, metric_of(statistics, metric), statistics.frequencies)
-            )
-        return results[0]
+        nonlocal result
+        if result is None:
+            metric = fit_metric(statistics, get_metric)
+            result = low_ranks(layer_weight(layer), moment, metric, statistics.frequencies)
+        return result
 
     return compute
 
@@ -292,7 +299,9 @@ def _layer_report(
     )
 
 
-def budget_kind(count: str, families: Sequence[str], tokens: int | None, only_if_faster: bool) -> type[Budget]:
+def budget_kind(
+    count: str, families: Sequence[str], tokens: int | None, only_if_faster: bool, embeddings: str | Sequence[str]
+) -> type[Budget]:
     """Return the kind of budget that `count` names; ValueError for options of `compress` that do not go with it."""
     if count not in _BUDGETS:
         raise ValueError(f"count must be one of {', '.join(map(repr, _BUDGETS))}, not {count!r}")
@@ -300,13 +309,16 @@ def budget_kind(count: str, families: Sequence[str], tokens: int | None, only_if
         raise ValueError(f"tokens is the number in one call of a layer, at least 1, not {tokens!r}")
     check_narrow(families)
     _BUDGETS[count].check_options(families, tokens, only_if_faster)
+    if embeddings and count != "params":
+        reason = "a lookup multiplies little, and rows are not quantised"
+        raise ValueError(f"embeddings are compressed with count='params' only, not {count!r}: {reason}")
     return _BUDGETS[count]
 
 
 def _check_arguments(
     model: object, budget: float, families: Sequence[str], calibration: Any, count: str, damping: float
-) -> list[Batch] | None:
-    """Raise for arguments that are wrong by themselves, and return the batches."""
+) -> None:
+    """Raise for arguments that are wrong by themselves."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
     if isinstance(budget, bool) or not isinstance(budget, SupportsFloat):
@@ -319,10 +331,6 @@ def _check_arguments(
         raise ValueError(f"budget is the fraction of {count} to keep, above 0 and at most 1, not {budget!r}")
     if not families:
         raise ValueError(f"structures is empty: name families, such as {', '.join(DEFAULT_FAMILIES)}")
-    batches = None if calibration is None else list(calibration)
-    if batches == []:
-        raise ValueError("calibration has no batches")
-    return batches
 
 
 def _check_packages(is_cached: bool) -> None:

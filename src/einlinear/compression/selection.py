@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from einlinear.compression.activations import hooked, output_of
 from einlinear.compression.embedding_tables import Owners, tied_head
-from einlinear.compression.expert_stacks import DenseStack, stacks_of
+from einlinear.compression.expert_stacks import NOT_OPENED, DenseStack, stacks_of
 from einlinear.conversion.conversion_report import Coverage, measure_coverage
 from einlinear.conversion.eligibility import reason_to_skip
 from einlinear.conversion.experts import reason_to_skip_experts, unsupported_experts
@@ -22,17 +22,15 @@ from einlinear.conversion.replacement import linear_layers, modules_of, owners_o
 from einlinear.conversion.weight_usage import uncalled_layers
 from einlinear.nn import Embedding
 from einlinear.nn.dense_layers import features
-from einlinear.nn.model_call import Batch, call
+from einlinear.nn.model_call import Batch, call, frozen
 from einlinear.nn.names import as_globs, full_names, matching
 
 # names of output heads in torchvision, timm and transformers
-_HEADS = {"classifier", "fc", "head", "heads", "lm_head"}
+_HEAD_NAMES = {"classifier", "fc", "head", "heads", "lm_head"}
 _IS_HEAD = "is the output head: name it in layers to compress it"
-
-_NOT_EXPERTS = "is compressed with count='params' or 'macs' only, without only_if_faster and 'narrow'"
 _UNREACHED = "gets no gradient from the model's output (of several, only the logits or the first one counts)"
-# nodes of autograd's graph behind which a model's output is still that of its last layer
-_SAME = {
+# nodes of autograd's graph that may follow an output head: views, copies, and functions of logits
+_AFTER_HEAD = {
     *("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze"),
     *("Stack", "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View"),
     *("LogSoftmax", "Sigmoid", "Softmax"),
@@ -51,8 +49,8 @@ class Stage:
 class Selection:
     """The dense layers to compress by name and in stages, in the order of their calls; the others with reasons.
 
-    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these. `heads`
-    has the output heads that share the weights of embeddings, by these.
+    Layers have the names that `get_submodule` takes; `names` has those without prefixes of wrappers, by these, and
+    `tied_heads` the output heads that share the weights of embeddings, by these.
     """
 
     layers: dict[str, Any]
@@ -60,12 +58,7 @@ class Selection:
     skipped: list[tuple[str, str]]
     coverage: Coverage
     names: dict[str, str]
-    heads: dict[str, str]
-
-    @property
-    def first_layers(self) -> list[str]:
-        """The first layer of each stage, whose inputs are those of the others."""
-        return [stage.names[0] for stage in self.stages]
+    tied_heads: dict[str, str]
 
     def linear(self) -> Selection:
         """Return the linear layers alone, without embeddings and stacks of experts."""
@@ -86,20 +79,19 @@ def select_layers(
     """
     only_embeddings = bool(embeddings) and layers is not None and not as_globs(layers, "layers")
     chosen, skipped = ({}, []) if only_embeddings else _suitable_layers(model, layers, batches)
-    tables, heads, others = _suitable_tables(model, embeddings)
-    chosen, skipped = chosen | tables, [part for part in skipped if part[0] not in heads.values()] + others
+    tables, tied_heads, others = _suitable_tables(model, embeddings)
+    chosen, skipped = chosen | tables, [part for part in skipped if part[0] not in tied_heads.values()] + others
     stages = [Stage((name,), 1) for name in chosen]
     reasons: dict[str, str] = {}
     if batches is not None:
-        stages, calls, reached, last = _trace(model, chosen, batches)
-        called = [name for stage in stages for name in stage.names if calls[name]]
+        with frozen(model.parameters()):
+            trace = _trace(model, chosen, batches)
+        stages, called = trace.stages, trace.called
         reasons = {name: "is never called on the calibration data" for name in chosen if name not in called}
-        reasons |= {name: _UNREACHED for name in called if name not in reached}
+        reasons |= {name: _UNREACHED for name in called if name not in trace.reached}
         if layers is None and type(model) is not nn.Sequential:
-            # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block, not logits
-            linears = [name for name in called if name not in tables]
-            ends = [name for name in linears if name in last and name not in reasons]
-            reasons |= {n: _IS_HEAD for n in ends if features(chosen[n])[1] != features(chosen[linears[0]])[0]}
+            heads = _heads_by_trace({name: chosen[name] for name in called if name not in tables}, trace.last)
+            reasons |= {name: _IS_HEAD for name in heads if name not in reasons}
     full = full_names(model)
     names = {name: short for short, name in full.items()}
     skipped += [(names[name], reason) for name, reason in reasons.items()]
@@ -113,8 +105,8 @@ def select_layers(
         raise ValueError(f"there is no dense linear layer to compress: {'; '.join(because)}")
     if broken := next((name for name, layer in selected.items() if not layer.weight.isfinite().all()), None):
         raise ValueError(f"the weight of {names[broken]} has values that are NaN or infinite")
-    tied = {table: full[head] for table, head in heads.items() if table in selected}
-    return Selection(selected, stages, skipped, coverage, names, tied)
+    tied_heads = {table: full[head] for table, head in tied_heads.items() if table in selected}
+    return Selection(selected, stages, skipped, coverage, names, tied_heads)
 
 
 def _suitable_layers(
@@ -122,13 +114,14 @@ def _suitable_layers(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the layers that a structured one can replace, by name, and those that none can, with the reason."""
     linears, stacks, full = linear_layers(model), stacks_of(model), full_names(model)
-    fused = unsupported_experts(model, _NOT_EXPERTS)
+    fused = unsupported_experts(model, NOT_OPENED)
     fused |= {n: reason for n in fused if (reason := reason_to_skip_experts(model.get_submodule(full[n])))}
     if layers is not None and not as_globs(layers, "layers"):
-        raise ValueError("layers is empty: give a glob such as '*.mlp.*', or None for all but output heads")
-    names = dict.fromkeys([*linears, *fused, *stacks, *map(_experts_of, stacks)])
+        raise ValueError("layers is empty: give a glob such as '*.mlp.*', None for all but output heads, or embeddings")
+    experts = {stack: stack.rpartition(".")[0] for stack in stacks}
+    names = dict.fromkeys([*linears, *fused, *stacks, *experts.values()])
     matched = matching(names, layers, "layers", "linear layer")
-    heads = {id(layer) for layer in _heads(model, linears)} if layers is None else set()
+    heads = {id(layer) for layer in _heads_by_name(model, linears)} if layers is None else set()
     # two batches show which layers the model calls
     owners, uncalled = owners_of(model), uncalled_layers(model, None if batches is None else batches[:2])
     chosen: dict[str, Any] = {}
@@ -145,7 +138,7 @@ def _suitable_layers(
             _check_is_loaded(name, layer)
             chosen[full[name]] = layer
     for name, stack in stacks.items():
-        if name in matched or _experts_of(name) in matched:
+        if name in matched or experts[name] in matched:
             _check_is_loaded(name, stack)
             chosen[full[name]] = stack
     return chosen, skipped
@@ -157,7 +150,7 @@ def _suitable_tables(
     """Return the tables of embeddings that globs match and the heads tied to them, by name, and the others' reasons."""
     full, owners = full_names(model), owners_of(model)
     matched = matching(modules_of(model, nn.Embedding | Embedding), embeddings, "embeddings", "embedding")
-    chosen, heads, skipped = dict[str, Any](), dict[str, str](), list[tuple[str, str]]()
+    chosen, tied_heads, skipped = dict[str, Any](), dict[str, str](), list[tuple[str, str]]()
     for name, table in matched.items():
         head = tied_head(table, owners)
         reason = _reason_of_ties(table, owners) if head is None else reason_to_skip(head[1])
@@ -166,8 +159,8 @@ def _suitable_tables(
         elif not any(table is other for other in chosen.values()):
             _check_is_loaded(name, table)
             chosen[full[name]] = table
-            heads |= {full[name]: head[0]} if head is not None else {}
-    return chosen, heads, skipped
+            tied_heads |= {full[name]: head[0]} if head is not None else {}
+    return chosen, tied_heads, skipped
 
 
 def _reason_of_ties(layer: Any, owners: Owners) -> str | None:
@@ -180,12 +173,7 @@ def _check_is_loaded(name: str, layer: Any) -> None:
         raise ValueError(f"{name} is on the meta device: load the model before you compress it")
 
 
-def _experts_of(stack: str) -> str:
-    """Return the name of the module of a stack."""
-    return stack.rpartition(".")[0]
-
-
-def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
+def _heads_by_name(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     """Return the layers that compute logits, of tokens or of labels, as far as the model's methods and names tell."""
     heads = [getattr(model, "get_output_embeddings", lambda: None)()]
     base, labels = getattr(model, "base_model", model), getattr(getattr(model, "config", None), "num_labels", None)
@@ -198,13 +186,27 @@ def _heads(model: Any, linears: Mapping[str, Any]) -> list[Any]:
     last = [*linears][-1] if linears else ""
     # "blocks.11.fc" is in a list of blocks, which have a layer of that name each
     before_lists = takewhile(lambda part: not part.isdigit(), last.split("."))
-    return [*heads, linears[last]] if _HEADS.intersection(before_lists) else heads
+    return [*heads, linears[last]] if _HEAD_NAMES.intersection(before_lists) else heads
 
 
-def _trace(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> tuple[list[Stage], dict[str, int], set[str], set[str]]:
-    """Return the stages in order, how often each layer gets tokens, the layers with gradients, and the last ones."""
+def _heads_by_trace(called: Mapping[str, Any], last: set[str]) -> list[str]:
+    """Return the layers, of those that are called in order, whose outputs are the model's and may be logits."""
+    # as many outputs as the first layer has inputs: an autoencoder or a feed-forward block
+    sizes = [(name, *features(layer)) for name, layer in called.items()]
+    return [name for name, _, out_features in sizes if name in last and out_features != sizes[0][1]]
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """Stages in the order of their calls, layers that get tokens, those with gradients, and those of the output."""
+
+    stages: list[Stage]
+    called: list[str]
+    reached: set[str]
+    last: set[str]
+
+
+def _trace(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> _Trace:
     inputs: dict[str, list[tuple[int, int]]] = {}
     calls, reached, last = dict.fromkeys(layers, 0), set[str](), set[str]()
     numbers, new_number = WeakTensorKeyDictionary(), count()
@@ -225,30 +227,26 @@ def _trace(
         nodes[result.grad_fn] = name
         return result
 
-    learning = [p.requires_grad_(False) for p in model.parameters() if p.requires_grad]
-    try:
-        for batch in batches:
-            # after two calls without a gradient the output counts as independent of a layer
-            left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < 2}
-            if not left:
-                break
-            staged = set(inputs)
-            with torch.enable_grad(), saved_tensors_hooks(_forget, _zeros), hooked(left, record):
-                output = output_of(call(model, batch))
-                if output.requires_grad:
-                    last |= _sources(output.grad_fn, nodes)
-                    # of many logits only the sum is kept: their gradient takes as much memory as they do
-                    total = output.sum(dtype=torch.float32)
-                    del output
-                    total.backward()
-            nodes.clear()
-    finally:
-        for p in learning:
-            p.requires_grad_()
+    for batch in batches:
+        # after two calls without a gradient the output counts as independent of a layer
+        left = {name: layer for name, layer in layers.items() if name not in reached and calls[name] < 2}
+        if not left:
+            break
+        staged = set(inputs)
+        with torch.enable_grad(), saved_tensors_hooks(_forget, _zeros), hooked(left, record):
+            output = output_of(call(model, batch))
+            if output.requires_grad:
+                last |= _sources(output.grad_fn, nodes)
+                # of many logits only the sum is kept: their gradient takes as much memory as they do
+                total = output.sum(dtype=torch.float32)
+                del output
+                total.backward()
+        nodes.clear()
     stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name, identities in inputs.items():
         stages.setdefault(tuple(identities), []).append(name)
-    return [Stage(tuple(names), len(key)) for key, names in stages.items()], calls, reached, last
+    in_order = [Stage(tuple(names), len(identities)) for identities, names in stages.items()]
+    return _Trace(in_order, [name for stage in in_order for name in stage.names if calls[name]], reached, last)
 
 
 def _forget(saved: Tensor) -> Any:
@@ -265,6 +263,6 @@ def _sources(node: Any, nodes: Mapping[Any, str]) -> set[str]:
     """Return the layers whose outputs a tensor consists of, by its node in the graph."""
     if node in nodes:
         return {nodes[node]}
-    if node is None or node.name().rstrip("0123456789").removesuffix("Backward") not in _SAME:
+    if node is None or node.name().rstrip("0123456789").removesuffix("Backward") not in _AFTER_HEAD:
         return set()
     return {source for function, _ in node.next_functions for source in _sources(function, nodes)}

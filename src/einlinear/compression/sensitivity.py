@@ -96,17 +96,17 @@ def measure_sensitivity(
 class SensitivityProbe:
     """Outputs of the original model on calibration data, and their distance to those of a changed model.
 
-    Heads that share the weights of layers change with them.
+    Output heads that are tied to tables change with them.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], heads: Mapping[str, str] | None = None) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], tied_heads: Mapping[str, str] | None = None) -> None:
         # those that were run, with as many samples as are enough
         self._model, self._batches = model, list(batches)
         self._run, self._originals = set[int](), dict[int, ModelOutput]()
         # the blocks before a layer are not run again
         self._passes = Passes(model, self._batches)
         self._names = {id(layer): name for name, layer in model.named_modules()}
-        self._heads = heads or {}
+        self._tied_heads = tied_heads or {}
 
     @torch.no_grad()
     def output_change(self, layer: nn.Module, weight_change: Tensor, bias_change: Tensor | None) -> float:
@@ -124,7 +124,10 @@ class SensitivityProbe:
                 return output + F.embedding(x, weight_change.to(output))
             return output + F.linear(x, weight_change.to(x), None if bias_change is None else bias_change.to(x))
 
-        changed = partial(hooked, {"": layer, **self._head_of(layer)}, add_change)
+        layers = {"": layer}
+        if (tied := self._tied_heads.get(self._names[id(layer)])) is not None:
+            layers[tied] = self._model.get_submodule(tied)
+        changed = partial(hooked, layers, add_change)
         self._skip_to(layer)
         total = size = 0.0
         reached = 0
@@ -153,11 +156,6 @@ class SensitivityProbe:
         change = total / max(size, 1e-30)
         # NaN and infinity count as a large change
         return min(change, 1e6) if math.isfinite(change) else 1e6
-
-    def _head_of(self, layer: nn.Module) -> dict[str, nn.Module]:
-        """Return the output head, by name, that has the weight of a table."""
-        head = self._heads.get(self._names[id(layer)])
-        return {} if head is None else {head: self._model.get_submodule(head)}
 
     def _skip_to(self, layer: nn.Module) -> None:
         original = self._original(0)

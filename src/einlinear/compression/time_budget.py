@@ -36,7 +36,6 @@ class TimeBudget(Budget):
     """A budget of whole nanoseconds for a number of tokens at once, measured for a few structures of every size."""
 
     count = "time"
-    has_experts = False
 
     @staticmethod
     def check_options(families: Sequence[str], tokens: int | None, only_if_faster: bool) -> None:

@@ -53,6 +53,24 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters need no gradients; those that did need them again afterwards."""
+    learning = [p.requires_grad_(False) for p in parameters if p.requires_grad]
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_()
+
+
+@contextmanager
+def preserved_rng_state() -> Iterator[None]:
+    """Restore the states of the global generators at the end: new layers draw weights, even if others replace them."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        yield
+
+
+@contextmanager
 def without_key_cache(model: nn.Module) -> Iterator[None]:
     """Let a model of transformers drop the keys and values of its layers, which no further token will read."""
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}

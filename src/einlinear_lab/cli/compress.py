@@ -108,7 +108,7 @@ def compress_command(
     with display.interruptible(f"Interrupted. The same command resumes; so far: {unfinished}"), ExitStack() as stack:
         with display.user_errors():
             families = specs(structures) or DEFAULT_FAMILIES
-            budget_kind(count, families, tokens, only_if_faster)
+            budget_kind(count, families, tokens, only_if_faster, embeddings or ())
             if train is not None and train not in TRAIN:
                 raise ValueError(f"--train must be one of {', '.join(TRAIN)}, not {train!r}")
             if optimizer is not None and optimizer not in LEARNING_RATES:
@@ -161,10 +161,9 @@ def compress_command(
             tensors = () if distill else (*compressed.parameters(), *compressed.buffers())
             original = copy.deepcopy(compressed, {id(tensor): tensor for tensor in tensors})
             options: dict[str, Any] = {"count": count, "tokens": tokens, "layers": layers, "cache_dir": unfinished}
-            options |= {"embeddings": embeddings or ()}
+            options |= {"embeddings": embeddings or (), "sequential": sequential, "only_if_faster": only_if_faster}
             with display.steps() as advance:
-                options |= {"sequential": sequential, "only_if_faster": only_if_faster, "progress": advance}
-                report = compression.compress(compressed, budget, families, batches, **options)
+                report = compression.compress(compressed, budget, families, batches, **options, progress=advance)
             if distill and calibration is not None:
                 texts = text_batches(compressed, tokenizer, documents, 10**6, max_length, batch_size)
                 optimizer = optimizer or "muon"

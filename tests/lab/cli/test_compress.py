@@ -560,6 +560,11 @@ def test_a_full_disk_loses_nothing(source: Path, text: Path, tmp_path: Path, mon
         ({"MODEL": "mute", "--calibration": "text.txt"}, ["the model comes without a tokenizer"]),
         ({"--layers": "nothing.*"}, ["layers: 'nothing.*' matches no linear layer"]),
         ({"--embeddings": "nothing.*"}, ["embeddings: 'nothing.*' matches no embedding"]),
+        # before the model is looked for
+        (
+            {"MODEL": "mistyped", "--count": "macs", "--embeddings": "*"},
+            ["embeddings are compressed with count='params'"],
+        ),
         ({"MODEL": "text.txt"}, ["text.txt is not a model that transformers can load"]),
         ({"MODEL": "mistyped"}, ["there is no folder", "mistyped; names on the hub look like owner/name\n"]),
         ({"MODEL": "adapter"}, ["adapter holds an adapter (adapter_config.json). Merge it into its model first"]),
