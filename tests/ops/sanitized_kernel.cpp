@@ -2,18 +2,29 @@
 // and compares several threads with one. Outputs start as NaN, so what is left unwritten shows as well.
 //
 // Usage: sanitized_kernel FILE
+// Compiled with -DTYPES=2, one of both precisions is a float and one of both halves a bfloat16; with -DTYPES=1 all are
+// floats. By default (4) all are what their names say.
 // FILE holds int64 numbers: for each structure the count of numbers in its program, then these (cpu_backend.py). Of
 // every eight programs, factors of the last four are matrices.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <type_traits>
 
 #include "std_threads.h"
 
 #include "kernel.cpp"
 
 static std::mt19937 generator(0);
+
+#ifndef TYPES
+#define TYPES 4
+#endif
+using Single = float;
+using Double = std::conditional_t<TYPES == 4, double, float>;
+using Brain = std::conditional_t<TYPES == 1, float, BFloat16>;
+using Half = std::conditional_t<TYPES == 4, Float16, Brain>;
 
 template <class S>
 struct Array {
@@ -255,26 +266,26 @@ int main(int count, char** arguments) {
         std::vector<Index> numbers(length);
         if ((Index)std::fread(numbers.data(), sizeof(Index), length, file) != length) return 2;
         for (Index n : {1, 3, 16, 17, 33, 70}) {
-            if (programs % 4 == 0) one_matrix<double>(numbers.data(), n, threads);
-            if (programs % 4 == 1) one_matrix<float>(numbers.data(), n, threads);
-            if (programs % 4 == 2) one_matrix<BFloat16>(numbers.data(), n, threads);
-            if (programs % 4 == 3) one_matrix<Float16>(numbers.data(), n, threads);
+            if (programs % 4 == 0) one_matrix<Double>(numbers.data(), n, threads);
+            if (programs % 4 == 1) one_matrix<Single>(numbers.data(), n, threads);
+            if (programs % 4 == 2) one_matrix<Brain>(numbers.data(), n, threads);
+            if (programs % 4 == 3) one_matrix<Half>(numbers.data(), n, threads);
         }
         std::vector<Index> long_rows = dense(1029, 21);
         for (Index n : {1, 3, 7, 15, 33}) {
             const bool matrices = programs % 8 >= 4;
-            if (programs % 4 == 0) quantized_factors<double>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 1) quantized_factors<float>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 2) quantized_factors<BFloat16>(numbers.data(), matrices, n, threads);
-            if (programs % 4 == 3) quantized_factors<float>(long_rows.data(), true, n, threads);
+            if (programs % 4 == 0) quantized_factors<Double>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 1) quantized_factors<Single>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 2) quantized_factors<Brain>(numbers.data(), matrices, n, threads);
+            if (programs % 4 == 3) quantized_factors<Single>(long_rows.data(), true, n, threads);
         }
-        if (programs % 4 == 0) blocks<double>(numbers.data(), 19, threads);
-        if (programs % 4 == 1) blocks<float>(numbers.data(), 35, threads);
-        if (programs % 4 == 2) blocks<BFloat16>(numbers.data(), 35, threads);
+        if (programs % 4 == 0) blocks<Double>(numbers.data(), 19, threads);
+        if (programs % 4 == 1) blocks<Single>(numbers.data(), 35, threads);
+        if (programs % 4 == 2) blocks<Brain>(numbers.data(), 35, threads);
         for (Index n : {5, 70}) {
-            if (programs % 2) several_matrices<float>(numbers.data(), n, threads);
-            if (programs % 4 == 0) several_matrices<BFloat16>(numbers.data(), n, threads);
-            if (programs % 4 == 2) several_matrices<Float16>(numbers.data(), n, threads);
+            if (programs % 2) several_matrices<Single>(numbers.data(), n, threads);
+            if (programs % 4 == 0) several_matrices<Brain>(numbers.data(), n, threads);
+            if (programs % 4 == 2) several_matrices<Half>(numbers.data(), n, threads);
         }
     }
     std::fclose(file);

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -105,11 +107,15 @@ def _read(data: str | Path, image_size: int | None, test_fraction: float, skip_b
 
 def _read_digits(test_fraction: float) -> Images:
     """Return 1,797 grey images of 8 x 8 pixels, part of scikit-learn's installation."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    y = torch.from_numpy(labels).long()
+    # read from its file, as the import of scikit-learn takes seconds
+    package = find_spec("sklearn")
+    if package is None or package.submodule_search_locations is None:
+        raise ModuleNotFoundError(
+            "the digits are part of scikit-learn, which is not installed: pip install scikit-learn"
+        )
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    table = torch.from_numpy(np.loadtxt(file, delimiter=","))
+    x, y = table[:, :-1].float().view(-1, 1, 8, 8) / 16, table[:, -1].long()
     classes = tuple(map(str, range(10)))
     train, test = stratified_split(y, classes, test_fraction)
     source = "scikit-learn's digits, part of its installation"

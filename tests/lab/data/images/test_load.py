@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tests.lab.data.samples import MakeFolder, assert_standardised, tiny, write_fashion
 
@@ -18,6 +19,22 @@ def test_digits() -> None:
     assert len(images.test_x) == pytest.approx(0.2 * 1797, abs=10)
     assert images.classes == tuple("0123456789")
     assert_standardised(images)
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = load._read_digits(0.2)
+    rows = {(*pixel, label) for pixel, label in zip(map(tuple, pixels), labels)}
+    x, y = torch.cat([images.train_x, images.test_x]), torch.cat([images.train_y, images.test_y])
+    assert {(*pixel, label) for pixel, label in zip(map(tuple, (16 * x).flatten(1).tolist()), y.tolist())} == rows
+
+
+def test_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "find_spec", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
+        load_images("digits")
 
 
 def test_auto_falls_back_to_digits_and_says_so() -> None:
