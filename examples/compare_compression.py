@@ -50,11 +50,16 @@ BERT = Layout(
 OURS = {
     "low_rank": ["low_rank"],
     "narrow": ["narrow", "low_rank"],
+    "narrow alone": ["narrow"],
     "default": ["low_rank", "monarch", "btt", "blast(blocks=4)"],
 }
 # structure and precision chosen together, and precision alone
 OURS_IN_BYTES = {"bytes": ["low_rank"], "bytes, dense": ["dense"]}
-METHODS = (*ROUNDED, *SIZED, *OURS, *OURS_IN_BYTES)
+# dense layers with fewer features, or fewer blocks, all of which are int8_dynamic in the end
+ALSO_ROUNDED = {"narrow, int8_dynamic": "narrow alone", "drop_blocks, int8_dynamic": "drop_blocks"}
+# sizes are fractions of the time for 32 x 64 tokens
+OURS_IN_TIME = {"time": ["narrow", "low_rank"]}
+METHODS = (*ROUNDED, *SIZED, *OURS, *ALSO_ROUNDED, *OURS_IN_BYTES, *OURS_IN_TIME)
 # int8 with a scale for each row, and int4 with a scale for 32 inputs, of float32
 BYTES = (0.2515, 0.1407)
 SPEEDS = {"1 x 128": (1, 128), "32 x 64": (32, 64)}
@@ -200,23 +205,29 @@ def main() -> None:
         row = {**settings, "method": method, "size": size}
         if is_done(row):
             continue
-        if method in SIZED and statistics is None:
+        unrounded = ALSO_ROUNDED.get(method, method)
+        if unrounded in SIZED and statistics is None:
             start = time.process_time()
             statistics = collect(task.original, task.layout, task.calibration, task.call)
             collecting = time.process_time() - start
         start = time.process_time()
         try:
-            model, counts = compressed(task, method, size, statistics, cache)
+            model, counts = compressed(task, unrounded, size, statistics, cache)
         # a size that nothing reaches
         except ValueError as error:
             print(f"{method}, {size:g}: {error}", flush=True)
             continue
-        seconds = time.process_time() - start + (collecting if method in SIZED and method != "svd" else 0)
-        row |= {**counts, "seconds": seconds, "speed": speeds(task, model, arguments.rounds)}
-        row["before"] = task.quality(model)
+        seconds = time.process_time() - start + (collecting if unrounded in SIZED and method != "svd" else 0)
+        rounded = partial(ROUNDED["int8_dynamic"], layout=task.layout) if method in ALSO_ROUNDED else lambda m: m
+        if method in ALSO_ROUNDED:
+            # integers of one byte, with a scale for each row
+            counts["bytes"] = counts["params"] / 4
+        smaller = rounded(model)
+        row |= {**counts, "seconds": seconds, "speed": speeds(task, smaller, arguments.rounds)}
+        row["before"] = task.quality(smaller)
         if arguments.distill and method not in ("bfloat16", "int8_dynamic"):
-            row["steps"] = distilled(task, model, method, arguments.distill)
-            row["after"] = task.quality(model)
+            row["steps"] = distilled(task, model, unrounded, arguments.distill)
+            row["after"] = task.quality(rounded(model))
         add(row)
     print(table([row for row in results(out) if row.items() >= settings.items()]))
 
@@ -243,15 +254,13 @@ def compressed(
         share = bytes_of(after) / bytes_of(before)
         return model.eval(), {"params": share if method in SIZED else 1.0, "bytes": share}
     model = copy.deepcopy(task.original)
-    report = el.compress(
-        model,
-        size,
-        {**OURS, **OURS_IN_BYTES}[method],
-        task.calibration,
-        count="bytes" if method in OURS_IN_BYTES else "params",
-        layers=f"{task.layout.blocks}.*",
-        shared_cache_dir=cache,
-    )
+    families = {**OURS, **OURS_IN_BYTES, **OURS_IN_TIME}[method]
+    config: dict[str, Any] = {"layers": f"{task.layout.blocks}.*", "shared_cache_dir": cache}
+    if method in OURS_IN_TIME:
+        config |= {"count": "time", "tokens": math.prod(SPEEDS["32 x 64"])}
+    elif method in OURS_IN_BYTES:
+        config["count"] = "bytes"
+    report = el.compress(model, size, families, task.calibration, **config)
     params = report.params / report.params_before
     return model, {"params": params, "bytes": report.bytes / report.bytes_before}
 
@@ -274,7 +283,8 @@ def speeds(task: Task, model: nn.Module, rounds: int) -> dict[str, float]:
 
 def distilled(task: Task, model: nn.Module, method: str, minutes: float) -> int:
     """Train the model for some minutes, and return the number of steps."""
-    if method in SIZED or method in ROUNDED:
+    # blocks that are left keep the names of their layers, as `el.distill` needs
+    if method != "drop_blocks" and (method in SIZED or method in ROUNDED):
         return distill(model, task.original, task.layout, task.trained, 60 * minutes, task.call)
     # the time ends it
     steps, blocks = 10**9, f"{task.layout.blocks}.?"
