@@ -240,4 +240,9 @@ def test_a_transformers_folder_with_a_tied_head(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.lm_head.A is loaded.model.embed_tokens.A
+    # the dense weight is tied again
+    el.densify(loaded)
+    loaded.save_pretrained(tmp_path / "dense")
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(dense(**data[0]).logits, model(**data[0]).logits)
     torch.testing.assert_close(loaded(**data[0]).logits, model(**data[0]).logits)

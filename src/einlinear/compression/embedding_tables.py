@@ -48,10 +48,3 @@ def structured_head(table: Any, head: Any) -> Linear:
     if layer.bias is not None:
         layer.bias.copy_(head.bias)
     return layer.train(head.training)  # type: ignore[no-any-return]
-
-
-def untie_config(model: nn.Module) -> None:
-    """Tell the config of a transformers model not to tie the weights of table and head: they share their factors."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from einlinear.compression.byte_budget import ByteBudget, weight_bytes
 from einlinear.compression.calibration import Calibration, InputStatistics
 from einlinear.compression.candidates import DEFAULT_FAMILIES, LayerCandidate, structure_errors
 from einlinear.compression.compression_report import CompressedLayer, CompressionReport
-from einlinear.compression.embedding_tables import structured_head, untie_config
+from einlinear.compression.embedding_tables import structured_head
 from einlinear.compression.expert_stacks import are_opened, layer_weight, matrices, open_experts
 from einlinear.compression.fitting import FittedLayer, fit_layers
 from einlinear.compression.forward_passes import Passes
@@ -32,7 +32,7 @@ from einlinear.compression.selection import select_layers
 from einlinear.compression.sensitivity import UNKNOWN, Sensitivity, SensitivityProbe, measure_sensitivity
 from einlinear.compression.spectrum import LowRanks, low_ranks
 from einlinear.compression.time_budget import TimeBudget
-from einlinear.conversion.replacement import replace_modules
+from einlinear.conversion.replacement import replace_modules, set_config_ties
 from einlinear.nn import Embedding, Experts, Linear
 from einlinear.nn.dense_layers import features
 from einlinear.nn.model_call import Batch, check_batches, evaluating, preserved_rng_state, without_key_cache
@@ -191,7 +191,7 @@ def compress(
         for name, full_name in tied_heads.items():
             head = model.get_submodule(full_name)
             new_layers[id(head)] = structured_head(fitted[name].layer, head)
-            untie_config(model)
+            set_config_ties(model, False)
         replace_modules(model, new_layers)
         return CompressionReport(
             tuple(reports),

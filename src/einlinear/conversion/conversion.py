@@ -23,6 +23,7 @@ from einlinear.conversion.replacement import (
     modules_of,
     owners_of,
     replace_modules,
+    set_config_ties,
     structured_class,
     structured_like,
 )
@@ -223,6 +224,10 @@ def densify(model: nn.Module, layers: str | Sequence[str] | None = None) -> Conv
     if not converted:
         raise _nothing_converted(skipped, "there is no structured layer in the model")
     replace_modules(model, new)
+    tables = {id(layer.weight) for layer in new.values() if isinstance(layer, nn.Embedding)}
+    if any(id(layer.weight) in tables for layer in new.values() if isinstance(layer, nn.Linear)):
+        # else a saved model would be loaded with a new head
+        set_config_ties(model, True)
     return ConversionReport(tuple(converted), tuple(skipped))
 
 

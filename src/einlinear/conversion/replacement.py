@@ -73,3 +73,9 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
+
+
+def set_config_ties(model: Any, is_tied: bool) -> None:
+    """Tell the config of a transformers model whether table and output head have one dense weight, if it says so."""
+    if hasattr(config := getattr(model, "config", None), "tie_word_embeddings"):
+        config.tie_word_embeddings = is_tied  # type: ignore[union-attr]
