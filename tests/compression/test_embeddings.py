@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import einlinear as el
 from einlinear.compression.embedding_tables import token_frequencies
+from einlinear.compression.sensitivity import SensitivityProbe
 
 TOKENS, FEATURES = 40, 12
 
@@ -213,13 +214,21 @@ def test_a_tied_head_counts_in_the_fit() -> None:
     assert of_logits < 0.9 * logits_alone
 
 
-def test_a_tied_head_counts_in_the_sensitivity() -> None:
-    model, data = Tied(), text()
-    alone = copy.deepcopy(model)
-    alone.head = nn.Linear(FEATURES, TOKENS, bias=False)
-    alone.head.weight.data = model.table.weight.detach().clone()
-    reports = [el.compress(m, 0.5, ["low_rank"], data, layers=(), embeddings="table") for m in (model, alone)]
-    assert reports[0].layers[0].sensitivity > 1.2 * reports[1].layers[0].sensitivity
+def test_a_tied_head_changes_with_its_table() -> None:
+    model, data = Tied(), text(1)[:1]
+    change = 0.1 * torch.randn(TOKENS, FEATURES)
+    changed = copy.deepcopy(model)
+    changed.table.weight.data += change
+    assert changed.head.weight is changed.table.weight
+    with torch.no_grad():
+        right = model(data[0])
+        expected = float((changed(data[0]) - right).square().sum() / right.square().sum())
+    found, of_table_alone = (
+        SensitivityProbe(model, data, heads).output_change(model.table, change, None)
+        for heads in ({"table": "head"}, {})
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert of_table_alone != pytest.approx(expected, rel=1e-2)
 
 
 def test_several_owners_of_one_weight_stay() -> None:
